@@ -1,0 +1,147 @@
+"""Frozen configurations, validated when they are built: value, bound and cure are in the message."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Schedule = float | Callable[[int], float]
+"""A number, or a function of the step (0, 1, ..) that gives one."""
+
+
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+
+
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a finite number in [low, high], or (low, high] with ``open_low``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not (low < value if open_low else low <= value) or value > high:  # type: ignore[operator]
+        bound = f"{'above' if open_low else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+        raise ValueError(f"{name}={value!r} must be a finite number {bound}")
+
+
+def evaluate(name: str, schedule: Schedule, step: int) -> float:
+    """The value of ``schedule`` at ``step``.
+
+    Raises:
+        ValueError: a callable returned something that is not a finite number above 0.
+    """
+    if not callable(schedule):
+        return float(schedule)
+    value = schedule(step)
+    check_number(f"{name}({step})", value, 0.0, open_low=True)
+    return float(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributionConfig:
+    """How the work is spread over the ranks (KAISA's grid, Pauloski et al. 2021).
+
+    Attributes:
+        strategy: "comm_opt" (every rank holds every inverse), "mem_opt" (one rank per layer holds them and sends the
+            preconditioned gradient each step) or "hybrid" (the fraction below).
+        gradient_worker_fraction: share of the ranks that hold a layer's inverses, in (0, 1]; only for "hybrid". It is
+            rounded to the nearest divisor of the world size.
+        backend: "auto" takes torch.distributed where it is initialised, else one process.
+        coarse_backend: a channel of its own for the coarse level; None: the same as the fine level's.
+        average_gradients: let ``step`` average ``param.grad`` over the ranks (without DDP).
+        timeout: seconds until a collective on a group that we made gives up.
+    """
+
+    strategy: Literal["comm_opt", "mem_opt", "hybrid"] = "comm_opt"
+    gradient_worker_fraction: float | None = None
+    backend: str = "auto"
+    coarse_backend: str | None = None
+    average_gradients: bool = False
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        check_choice("strategy", self.strategy, ("comm_opt", "mem_opt", "hybrid"))
+        if (self.strategy == "hybrid") != (self.gradient_worker_fraction is not None):
+            raise ValueError(
+                f"strategy={self.strategy!r} with gradient_worker_fraction={self.gradient_worker_fraction!r}: "
+                "the fraction goes with strategy='hybrid', and 'hybrid' needs it"
+            )
+        if self.gradient_worker_fraction is not None:
+            check_number("gradient_worker_fraction", self.gradient_worker_fraction, 0.0, 1.0, open_low=True)
+        check_choice("backend", self.backend, ("auto", "single", "torch", "mpi"))
+        check_choice("coarse_backend", self.coarse_backend, (None, "single", "torch", "mpi"))
+        check_number("timeout", self.timeout, 0.0, open_low=True)
+
+    @classmethod
+    def parse(cls, value: str | float | DistributionConfig) -> DistributionConfig:
+        """A strategy's name, a gradient-worker fraction or a finished configuration.
+
+        Raises:
+            ValueError: an unknown name or a fraction outside (0, 1].
+        """
+        if isinstance(value, DistributionConfig):
+            return value
+        if isinstance(value, str):
+            check_choice("distribution", value, ("comm_opt", "mem_opt"))
+            return cls(strategy="comm_opt" if value == "comm_opt" else "mem_opt")
+        check_number("distribution", value, 0.0, 1.0, open_low=True)
+        return cls(strategy="hybrid", gradient_worker_fraction=float(value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFACConfig:
+    """Everything about the method that is not the model: see :class:`kfac_dist.KFACPreconditioner` for the meanings."""
+
+    likelihood: str = "empirical"
+    fisher_samples: int | Literal["exact"] = 1
+    class_dim: int = 1
+    damping: Schedule = 0.01
+    damping_method: Literal["factored", "eigen"] = "factored"
+    factor_sides: Literal["both", "input"] = "both"
+    factor_decay: float = 0.95
+    factor_every_n_steps: int = 10
+    inverse_every_n_steps: int = 100
+    kl_clip: float | None = None
+    loss_reduction: str | float = "mean"
+    skip_layers: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.fisher_samples != "exact":
+            check_positive_int("fisher_samples", self.fisher_samples)
+        if isinstance(self.class_dim, bool) or not isinstance(self.class_dim, int) or self.class_dim == 0:
+            raise ValueError(f"class_dim={self.class_dim!r} must be an integer other than 0 (0 is the batch dimension)")
+        if not callable(self.damping):
+            check_number("damping", self.damping, 0.0, open_low=True)
+        check_choice("damping_method", self.damping_method, ("factored", "eigen"))
+        check_choice("factor_sides", self.factor_sides, ("both", "input"))
+        check_number("factor_decay", self.factor_decay, 0.0, 1.0)
+        if self.factor_decay == 1:
+            raise ValueError("factor_decay=1 would never forget the first batch; choose a number below 1, such as 0.95")
+        check_positive_int("factor_every_n_steps", self.factor_every_n_steps)
+        check_positive_int("inverse_every_n_steps", self.inverse_every_n_steps)
+        if self.kl_clip is not None:
+            check_number("kl_clip", self.kl_clip, 0.0, open_low=True)
+        if isinstance(self.loss_reduction, str):
+            check_choice("loss_reduction", self.loss_reduction, ("mean", "sum", "mean_all"))
+        else:
+            check_number("loss_reduction", self.loss_reduction, 0.0, open_low=True)
+        for pattern in self.skip_layers:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"skip_layers: {pattern!r} is not a regular expression: {error}") from error
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} must be an integer in [0, 2^63)")
+
+    def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields that differ from a saved ``other``: name -> (saved, here); callables are not compared."""
+        return {k: (v, getattr(self, k)) for k, v in other.items() if hasattr(self, k) and getattr(self, k) != v}
