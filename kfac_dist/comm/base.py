@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -41,10 +41,19 @@ class Traffic:
 class Communicator(Protocol):
     """Collectives over ``size`` ranks. All ranks call the same methods in the same order, on contiguous tensors.
 
+    One rank alone moves no bytes: at ``size`` 1 nothing is sent and nothing is counted.
+
     A communicator made by :meth:`split` files its traffic in the parent's :class:`Traffic`.
+
+    Args:
+        process_group: the transport's own handle of the ranks; None: all of them, on a channel of our own.
+        timeout: seconds until a collective on a channel of our own gives up.
+        traffic: where to count; None: a new account.
     """
 
     traffic: Traffic
+
+    def __init__(self, process_group: Any = None, timeout: float = 600.0, traffic: Traffic | None = None) -> None: ...
 
     @property
     def rank(self) -> int:
@@ -77,3 +86,25 @@ class Communicator(Protocol):
 
 
 communicators: Registry[type[Communicator]] = Registry("communication backend")
+
+
+def own_group(groups: Sequence[Sequence[int]], rank: int, size: int) -> list[int]:
+    """The group of ``groups`` that holds ``rank``, ascending.
+
+    Raises:
+        ValueError: the groups do not partition the ranks 0 .. size - 1.
+    """
+    if sorted(member for group in groups for member in group) != list(range(size)):
+        raise ValueError(f"groups={[list(g) for g in groups]} must hold every rank 0 .. {size - 1} exactly once")
+    return sorted(next(group for group in groups if rank in group))
+
+
+def check_arguments(operation: str, size: int, tensor: Tensor, root: int = 0) -> None:
+    """Raise ValueError unless ``tensor`` is contiguous and ``root`` is one of the ``size`` ranks."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{operation}: a tensor of shape {tuple(tensor.shape)} with strides {tensor.stride()} is not contiguous; "
+            "pass tensor.contiguous() and use that copy afterwards"
+        )
+    if not 0 <= root < size:
+        raise ValueError(f"{operation}: rank {root} must be at least 0 and below the number of ranks, {size}")

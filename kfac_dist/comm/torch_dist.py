@@ -1,0 +1,151 @@
+"""Ranks of torch.distributed: gloo, NCCL or whatever else the process group runs on.
+
+Ranks are GROUP ranks throughout. Nothing is sent, and nothing counted, by a group of one rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kfac_dist.comm.base import CommunicationError, Communicator, Traffic, check_arguments, communicators, own_group
+
+T = TypeVar("T")
+
+
+def is_initialised() -> bool:
+    """Whether torch.distributed has a default process group in this process."""
+    return dist.is_available() and dist.is_initialized()
+
+
+@communicators.register("torch")
+class TorchCommunicator:
+    """Collectives on a process group.
+
+    Args:
+        process_group: used as it is and left open by :meth:`close`; None: a new group over all ranks, so that our
+            collectives stay apart from DDP's buckets (every rank must build its communicator then).
+        timeout: seconds until a collective gives up, for the groups made here; a given group keeps its own.
+        traffic: where to count; None: a new account.
+
+    Raises:
+        ValueError: torch.distributed is not initialised, or this process is not in the group.
+        CommunicationError: the new group could not be made.
+    """
+
+    def __init__(
+        self, process_group: dist.ProcessGroup | None = None, timeout: float = 600.0, traffic: Traffic | None = None
+    ) -> None:
+        if not is_initialised():
+            raise ValueError(
+                "the torch backend needs torch.distributed: call torch.distributed.init_process_group() first "
+                "(Lightning's DDP strategy does), or choose backend='single'"
+            )
+        self.traffic = Traffic() if traffic is None else traffic
+        self._timeout = timeout
+        self._children: list[Communicator] = []
+        self._closed = False
+        self._made_here = process_group is None
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        if self.rank < 0:
+            raise ValueError(
+                "this process is not a member of process_group; build the communicator on its members only"
+            )
+        if process_group is None:
+            process_group = self._guard(
+                "new_group", "setup", lambda: dist.new_group(timeout=timedelta(seconds=timeout))
+            )
+        self._group = process_group
+
+    def _guard(self, operation: str, phase: str, collective: Callable[[], T]) -> T:
+        """Run ``collective``; name phase, operation, rank and size where it fails."""
+        where = f"{phase}: {operation} on rank {self.rank} of {self.size}"
+        if self._closed:
+            raise CommunicationError(f"{where}: the communicator is closed")
+        try:
+            return collective()
+        except Exception as error:
+            raise CommunicationError(f"{where} failed: {error}") from error
+
+    def _send(self, operation: str, phase: str, tensor: Tensor, root: int, collective: Callable[[], object]) -> None:
+        check_arguments(operation, self.size, tensor, root)
+        if self.size > 1:
+            self.traffic.record(phase, tensor)
+            self._guard(operation, phase, collective)
+
+    def all_reduce(self, tensor: Tensor, phase: str) -> None:
+        """Sum ``tensor`` over the ranks, in place, on every rank."""
+        self._send("all_reduce", phase, tensor, 0, lambda: dist.all_reduce(tensor, group=self._group))
+
+    def reduce(self, tensor: Tensor, dst: int, phase: str) -> None:
+        """Sum ``tensor`` over the ranks into rank ``dst``; elsewhere its content is undefined afterwards."""
+        self._send("reduce", phase, tensor, dst, lambda: dist.reduce(tensor, group=self._group, group_dst=dst))
+
+    def broadcast(self, tensor: Tensor, src: int, phase: str) -> None:
+        """Overwrite ``tensor`` by rank ``src``'s, in place."""
+        self._send("broadcast", phase, tensor, src, lambda: dist.broadcast(tensor, group=self._group, group_src=src))
+
+    def gather(self, tensor: Tensor, dst: int, phase: str) -> list[Tensor] | None:
+        """Rank ``dst`` receives every rank's ``tensor`` (equal shapes), in rank order; the others get None."""
+        here = self.rank == dst
+        # A clone of the own tensor is right for one rank and is overwritten, by itself, for more.
+        received = [tensor.clone() for _ in range(self.size)] if here else None
+        self._send(
+            "gather", phase, tensor, dst, lambda: dist.gather(tensor, received, group=self._group, group_dst=dst)
+        )
+        return received
+
+    def barrier(self, phase: str) -> None:
+        """Wait for every rank; no payload, so nothing is counted."""
+        if self.size > 1:
+            self._guard("barrier", phase, lambda: dist.barrier(group=self._group))
+
+    def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
+        """The sub-communicator of the group that holds this rank; it is closed with this one.
+
+        Every rank makes every group, in the order of ``groups``, as torch.distributed asks; a group of one rank needs
+        no process group.
+
+        Raises:
+            ValueError: the groups do not partition the ranks.
+            CommunicationError: a group could not be made.
+        """
+        mine = own_group(groups, self.rank, self.size)
+        child: Communicator | None = None
+        for members in (sorted(group) for group in groups):
+            made = self._new_subgroup(members) if len(members) > 1 else None
+            if members == mine:
+                child = communicators["single" if made is None else "torch"](made, self._timeout, self.traffic)
+                if isinstance(child, TorchCommunicator):
+                    child._made_here = True
+                self._children.append(child)
+        assert child is not None  # own_group has found this rank in exactly one of them
+        return child
+
+    def _new_subgroup(self, members: list[int]) -> dist.ProcessGroup:
+        return self._guard(
+            "new_group",
+            "setup",
+            lambda: dist.new_group(
+                [dist.get_global_rank(self._group, member) for member in members],
+                timeout=timedelta(seconds=self._timeout),
+                backend=dist.get_backend_config(self._group),
+                # Ranks outside our group do not come here: then only the members may be asked to meet.
+                use_local_synchronization=self.size < dist.get_world_size(),
+            ),
+        )
+
+    def close(self) -> None:
+        """Destroy the groups that were made here, sub-groups first; idempotent."""
+        while self._children:
+            self._children.pop().close()
+        if self._made_here and not self._closed and is_initialised():
+            # torch.distributed may have been shut down, and even begun anew, before us: the group is gone then.
+            with contextlib.suppress(ValueError):
+                dist.destroy_process_group(self._group)
+        self._closed = True

@@ -1,0 +1,65 @@
+"""Kronecker factors: second moments of layer inputs and output gradients, and their moving average.
+
+Shapes, for a layer with ``groups`` independent blocks (1 but for grouped convolutions):
+    input rows   (groups, R, d_in)   one row per sample and location, without the constant of the bias
+    output rows  (groups, R, d_out)
+    A            (groups, a, a)      a = d_in + 1 with a bias (the constant 1 is the LAST coordinate), else d_in
+    G            (groups, d_out, d_out)
+With B samples and T = R / B locations per sample: A = sum a a^T / (B T), G = sum g g^T / (B T), and the layer's Fisher
+block is approximated by T (G (x) A) (Martens and Grosse 2015, section 3; Grosse and Martens 2016, equation 30).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+STATISTICS_DTYPES = (torch.float32, torch.float64)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which statistics of a ``dtype`` layer are accumulated: at least float32."""
+    return dtype if dtype in STATISTICS_DTYPES else torch.float32
+
+
+def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | None = None) -> Tensor:
+    """Sum over the rows of r r^T, with a constant 1 appended to every row where ``ones``.
+
+    Args:
+        rows: (groups, R, d).
+        ones: append the bias coordinate; no copy of the rows is made for it.
+        weights: (R,) of zeros and ones: rows of weight 0 do not count.
+
+    Returns:
+        (groups, d', d') with d' = d + 1 where ``ones``, else d.
+    """
+    if weights is not None:
+        rows = rows * weights.to(rows.dtype)[None, :, None]
+    moments = rows.mT @ rows
+    if not ones:
+        return moments
+    groups, count, dim = rows.shape
+    bordered = moments.new_empty(groups, dim + 1, dim + 1)
+    bordered[:, :dim, :dim] = moments
+    sums = rows.sum(1)
+    bordered[:, :dim, dim] = sums
+    bordered[:, dim, :dim] = sums
+    bordered[:, dim, dim] = count if weights is None else weights.to(rows.dtype).sum()
+    return bordered
+
+
+def decay_weight(updates: int, decay: float) -> float:
+    """The weight rho_n = min(1 - 1/(n + 1), decay) of the old average at its n-th update, n = 0, 1, ..
+
+    The first update replaces whatever stood there, and the average of a constant is that constant from the start
+    (Martens and Grosse 2015, section 5). ``updates`` counts updates of the factors, not training steps.
+    """
+    return min(1.0 - 1.0 / (updates + 1), decay)
+
+
+def moving_average(old: Tensor | None, new: Tensor, updates: int, decay: float) -> Tensor:
+    """rho_n old + (1 - rho_n) new, as a NEW tensor: whoever holds the old one keeps a consistent value."""
+    rho = decay_weight(updates, decay)
+    if old is None or rho == 0.0:
+        return new.clone()
+    return torch.lerp(old, new, 1.0 - rho)

@@ -1,0 +1,193 @@
+"""Damped inverses of the Kronecker factors and how they precondition a gradient.
+
+Shapes: factors A (groups, a, a) and G (groups, g, g), symmetric positive semi-definite; a gradient X and a direction
+(groups, g, a), whose row-major flattening makes the layer's Fisher block T (G (x) A); T locations per sample.
+
+"eigen":    (T (G (x) A) + lam I)^-1, exactly, in the factors' eigenbases.
+"factored": T (G + s/pi I) (x) (A + s pi I), s = sqrt(lam / T), pi^2 = (tr A / a) / (tr G / g)
+            (Martens and Grosse 2015, section 6.3; note lam / T, which is lam for a linear layer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Solved = TypeVar("Solved")
+
+
+class Outcome(IntEnum):
+    """How a factorisation came about, from best to worst."""
+
+    NATIVE = 0
+    FLOAT64 = 1
+    JITTER = 2
+    LAST_GOOD = 3
+    IDENTITY = 4
+
+
+@dataclass(frozen=True)
+class DenseInverse:
+    """(factor + shift I)^-1, (groups, d, d)."""
+
+    matrix: Tensor
+
+    @property
+    def words(self) -> int:
+        """Numbers held."""
+        return self.matrix.numel()
+
+
+@dataclass(frozen=True)
+class EigenDecomposition:
+    """factor = vectors diag(values) vectors^T; vectors (groups, d, d), values (groups, d), none of them negative."""
+
+    vectors: Tensor
+    values: Tensor
+
+    @property
+    def words(self) -> int:
+        """Numbers held."""
+        return self.vectors.numel() + self.values.numel()
+
+
+FactorInverse = DenseInverse | EigenDecomposition
+
+
+def pi_correction(A: Tensor, G: Tensor) -> Tensor:
+    """pi (groups,): sqrt((tr A / a) / (tr G / g)); 1 where a trace is zero or not finite."""
+    mean_a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean_g = G.diagonal(dim1=-2, dim2=-1).mean(-1)
+    pi = (mean_a / mean_g).sqrt()
+    usable = (mean_a > 0) & (mean_g > 0) & torch.isfinite(pi)
+    return torch.where(usable, pi, torch.ones_like(pi))
+
+
+def _cholesky_inverse(matrices: Tensor) -> Tensor | None:
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    if bool(info.any()):
+        return None
+    inverse = torch.cholesky_inverse(factor)
+    return inverse if bool(torch.isfinite(inverse).all()) else None
+
+
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except RuntimeError:  # LinAlgError is one: the iteration did not converge
+        return None
+    if not bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
+        return None
+    return values.clamp_min(0.0), vectors
+
+
+def _attempts(matrices: Tensor) -> Iterator[tuple[Outcome, Tensor]]:
+    """The matrix as it is, in float64, and in float64 with 1e-6 of its mean diagonal added."""
+    yield Outcome.NATIVE, matrices
+    double = matrices.double()
+    yield Outcome.FLOAT64, double
+    size = double.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    yield Outcome.JITTER, add_to_diagonal(double, 1e-6 * size)
+
+
+def _first_success(matrices: Tensor, solve: Callable[[Tensor], Solved | None]) -> tuple[Outcome, Solved] | None:
+    for outcome, candidate in _attempts(matrices):
+        result = solve(candidate)
+        if result is not None:
+            return outcome, result
+    return None
+
+
+def add_to_diagonal(matrices: Tensor, shift: Tensor | float) -> Tensor:
+    """matrices + shift I, a new tensor; ``shift`` is a number or (groups,)."""
+    damped = matrices.clone()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(shift[:, None] if isinstance(shift, Tensor) else shift)
+    return damped
+
+
+def invert(factor: Tensor, shift: Tensor | float, last: FactorInverse | None) -> tuple[Outcome, DenseInverse]:
+    """(factor + shift I)^-1 by Cholesky, in the factor's type, then float64, then with jitter, then the ``last`` one.
+
+    Without a last good inverse the factor is replaced by its mean diagonal: a scaled gradient, never a lost run.
+    """
+    damped = add_to_diagonal(factor, shift)
+    found = _first_success(damped, _cholesky_inverse)
+    if found is not None:
+        outcome, inverse = found
+        return outcome, DenseInverse(inverse.to(factor.dtype))
+    if isinstance(last, DenseInverse):
+        return Outcome.LAST_GOOD, last
+    scale = _mean_diagonal(damped)
+    return Outcome.IDENTITY, DenseInverse(torch.eye(factor.shape[-1]).to(factor) / scale[:, None, None])
+
+
+def decompose(factor: Tensor, last: FactorInverse | None) -> tuple[Outcome, EigenDecomposition]:
+    """The eigendecomposition, with the same line of retreats as :func:`invert`; negative eigenvalues become 0."""
+    found = _first_success(factor, _eigh)
+    if found is not None:
+        outcome, (values, vectors) = found
+        return outcome, EigenDecomposition(vectors.to(factor.dtype).contiguous(), values.to(factor.dtype))
+    if isinstance(last, EigenDecomposition):
+        return Outcome.LAST_GOOD, last
+    identity = torch.eye(factor.shape[-1]).to(factor).expand_as(factor).contiguous()
+    return Outcome.IDENTITY, EigenDecomposition(identity, _mean_diagonal(factor)[:, None].expand(factor.shape[:2]))
+
+
+def _mean_diagonal(matrices: Tensor) -> Tensor:
+    mean = matrices.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return torch.where(torch.isfinite(mean) & (mean > 0), mean, torch.ones_like(mean))
+
+
+@dataclass(frozen=True)
+class DensePreconditioner:
+    """X -> G^-1 X A^-1 / T, from inverses that already hold the damping; without G^-1: X A^-1 (input side only)."""
+
+    A: Tensor
+    G: Tensor | None
+    locations: float
+
+    def apply(self, gradient: Tensor, damping: float) -> Tensor:
+        """The direction (groups, g, a); ``damping`` stands in the inverses."""
+        if self.G is None:
+            return gradient @ self.A
+        return (self.G @ gradient @ self.A).div_(self.locations)
+
+
+@dataclass(frozen=True)
+class EigenPreconditioner:
+    """The same in the eigenbases, with the damping of the moment.
+
+    ``pi`` (groups,) is given for the factored form only; without G only the input side is preconditioned.
+    """
+
+    A: EigenDecomposition
+    G: EigenDecomposition | None
+    locations: float
+    pi: Tensor | None
+
+    def denominators(self, damping: float) -> Tensor:
+        """The damped eigenvalues of the layer's block, (groups, g, a) (or (groups, 1, a) for the input side)."""
+        if self.G is None:
+            return self.A.values[:, None, :] + damping
+        values_a, values_g = self.A.values[:, None, :], self.G.values[:, :, None]
+        if self.pi is None:
+            return self.locations * values_g * values_a + damping
+        shift = (damping / self.locations) ** 0.5
+        pi = self.pi[:, None, None]
+        return self.locations * (values_g + shift / pi) * (values_a + shift * pi)
+
+    def apply(self, gradient: Tensor, damping: float) -> Tensor:
+        """The direction (groups, g, a) at this ``damping``."""
+        if self.G is None:
+            return (gradient @ self.A.vectors / self.denominators(damping)) @ self.A.vectors.mT
+        rotated = self.G.vectors.mT @ gradient @ self.A.vectors
+        return self.G.vectors @ (rotated / self.denominators(damping)) @ self.A.vectors.mT
+
+
+LayerPreconditioner = DensePreconditioner | EigenPreconditioner

@@ -1,0 +1,32 @@
+"""Real outputs with the squared error (1/2) ||f - y||^2, that is unit variance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kfac_dist.likelihoods.base import Likelihood, likelihoods
+
+
+@likelihoods.register("gaussian")
+class Gaussian(Likelihood):
+    """y = f + N(0, I). Note that ``nn.MSELoss`` lacks the 1/2 and averages over outputs: see ``loss_reduction``."""
+
+    def uniforms_per_sample(self, logits: Tensor) -> int:
+        """One per output."""
+        return self.elements(logits)
+
+    def sampled_cotangent(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """f - y = -(standard normal)."""
+        return -torch.special.ndtri(uniforms).view(logits.shape).to(logits.dtype)
+
+    def root_columns(self, logits: Tensor) -> Iterator[Tensor]:
+        """e_k for every output k."""
+        flat = logits.detach().reshape(logits.shape[0], -1)
+        self.check_column_count(flat.shape[1])
+        for k in range(flat.shape[1]):
+            column = torch.zeros_like(flat)
+            column[:, k] = 1.0
+            yield column.view(logits.shape)
