@@ -1,0 +1,1 @@
+"""Lightning adapters; import them as ``kfac_dist.callbacks``."""

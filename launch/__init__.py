@@ -1,0 +1,1 @@
+"""The command and the launchers; import them as ``kfac_dist.launch``."""
