@@ -1,0 +1,184 @@
+"""Who inverts which factor, and who preconditions which layer: a cost model and longest-processing-time-first.
+
+The ranks form KAISA's grid (Pauloski et al. 2021, section 3.1): W gradient workers make one column; a layer belongs to
+one column, whose ranks all hold its inverses and precondition its gradient. Ranks at the same place of their columns
+make one row, along which preconditioned gradients travel. W = world size is "comm_opt", W = 1 is "mem_opt".
+
+Pure Python: costs are in multiply-adds up to a common constant, ranks are 0 .. world_size - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Side = Literal["A", "G"]
+Sides = Literal["both", "input"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What a layer costs.
+
+    Attributes:
+        name: the layer's name, unique in a model.
+        input_dim: order a of the factor A of one group, the bias column included.
+        output_dim: order g of the factor G of one group.
+        groups: number of independent groups (grouped convolutions), each with its own A and G.
+    """
+
+    name: str
+    input_dim: int
+    output_dim: int
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("input_dim", "output_dim", "groups"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"layer {self.name!r}: {field}={getattr(self, field)} must be at least 1")
+
+    def inversion(self, side: Side) -> int:
+        """Cost of inverting A or G once: the cube of its order, per group."""
+        return self.groups * (self.input_dim if side == "A" else self.output_dim) ** 3
+
+    def preconditioning(self, sides: Sides = "both") -> int:
+        """Cost of G^-1 grad A^-1, paid every step: a g (a + g) per group, and a^2 g with A alone."""
+        a, g = self.input_dim, self.output_dim
+        return self.groups * a * g * (a + g if sides == "both" else a)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The grid and its loads.
+
+    Attributes:
+        world_size: number of ranks.
+        gradient_workers: ranks per column, W.
+        columns: world_size / W columns of W contiguous ranks.
+        rows: W rows of world_size / W ranks, one of each column.
+        column_of: layer name -> index of its column.
+        owner: (layer name, "A" | "G") -> the rank that inverts that factor, a rank of the layer's column.
+        costs: the layers, in their order.
+        sides: "both", or "input" where only A exists.
+    """
+
+    world_size: int
+    gradient_workers: int
+    columns: tuple[tuple[int, ...], ...]
+    rows: tuple[tuple[int, ...], ...]
+    column_of: dict[str, int]
+    owner: dict[tuple[str, Side], int]
+    costs: tuple[LayerCost, ...]
+    sides: Sides = "both"
+
+    def preconditions(self, layer: str, rank: int) -> bool:
+        """Whether ``rank`` holds the inverses of ``layer`` and preconditions its gradient."""
+        return rank in self.columns[self.column_of[layer]]
+
+    def inversion_load(self, rank: int) -> int:
+        """Cost of the factors that ``rank`` inverts at one inverse step."""
+        return sum(
+            cost.inversion(side)
+            for cost in self.costs
+            for side in _sides(self.sides)
+            if self.owner[cost.name, side] == rank
+        )
+
+    def preconditioning_load(self, rank: int) -> int:
+        """Cost of the layers that ``rank`` preconditions at every step."""
+        return sum(cost.preconditioning(self.sides) for cost in self.costs if self.preconditions(cost.name, rank))
+
+
+def _sides(sides: Sides) -> tuple[Side, ...]:
+    return ("A", "G") if sides == "both" else ("A",)
+
+
+def nearest_divisor(world_size: int, fraction: float) -> int:
+    """The number of gradient workers: the divisor of ``world_size`` nearest to ``fraction * world_size``.
+
+    Any world size works; of two divisors that are equally near, the larger one is taken.
+
+    Raises:
+        ValueError: ``world_size`` is below 1 or ``fraction`` is outside (0, 1].
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size={world_size} must be at least 1")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+    divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+    # Rounding keeps 0.3 * 10 = 3.0000000000000004 from deciding a tie.
+    return min(divisors, key=lambda d: (round(abs(d - fraction * world_size), 9), -d))
+
+
+def _longest_first(jobs: Sequence[float], workers: int) -> list[int]:
+    """The worker of each job: longest job first, to the least loaded worker; ties by index (Graham 1969)."""
+    loads, chosen = [0.0] * workers, [0] * len(jobs)
+    for job in sorted(range(len(jobs)), key=lambda i: (-jobs[i], i)):
+        chosen[job] = min(range(workers), key=lambda w: (loads[w], w))
+        loads[chosen[job]] += jobs[job]
+    return chosen
+
+
+def assign(
+    costs: Sequence[LayerCost],
+    world_size: int,
+    gradient_workers: int,
+    inverse_every_n_steps: int = 1,
+    sides: Sides = "both",
+) -> Assignment:
+    """Spread the layers over the columns and their factors over the ranks of the column.
+
+    A layer weighs, for a rank of its column and per step, its preconditioning plus its share of the inversions:
+    inversion / (W * inverse_every_n_steps). Deterministic: every rank computes the same answer without talking.
+
+    Args:
+        costs: the layers, in the same order on every rank.
+        world_size: number of ranks.
+        gradient_workers: W, a divisor of ``world_size`` (see :func:`nearest_divisor`).
+        inverse_every_n_steps: steps between two inversions.
+        sides: "both", or "input" where only A exists.
+
+    Raises:
+        ValueError: W does not divide the world size, or two layers have one name.
+    """
+    if world_size < 1 or gradient_workers < 1 or world_size % gradient_workers:
+        raise ValueError(
+            f"gradient_workers={gradient_workers} must be at least 1 and divide world_size={world_size}; "
+            "nearest_divisor(world_size, fraction) gives one that does"
+        )
+    if inverse_every_n_steps < 1:
+        raise ValueError(f"inverse_every_n_steps={inverse_every_n_steps} must be at least 1")
+    names = [cost.name for cost in costs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"layer names must be unique; twice: {sorted({n for n in names if names.count(n) > 1})}")
+    starts = range(0, world_size, gradient_workers)
+    columns = tuple(tuple(range(start, start + gradient_workers)) for start in starts)
+    share = gradient_workers * inverse_every_n_steps
+    loads = [cost.preconditioning(sides) + sum(map(cost.inversion, _sides(sides))) / share for cost in costs]
+    column_of = dict(zip(names, _longest_first(loads, len(columns)), strict=True))
+    owner: dict[tuple[str, Side], int] = {}
+    for index, column in enumerate(columns):
+        factors = [(cost, side) for cost in costs if column_of[cost.name] == index for side in _sides(sides)]
+        places = _longest_first([cost.inversion(side) for cost, side in factors], gradient_workers)
+        owner.update({(cost.name, side): column[place] for (cost, side), place in zip(factors, places, strict=True)})
+    rows = tuple(zip(*columns, strict=True))
+    return Assignment(world_size, gradient_workers, columns, rows, column_of, owner, tuple(costs), sides)
+
+
+def makespan_lower_bound(jobs: Sequence[float], workers: int) -> float:
+    """No schedule of ``jobs`` on ``workers`` identical ranks can end before this.
+
+    The largest of: total / P; the longest job; and for k = 1, 2, ..: the sum of the k+1 smallest among the kP+1
+    longest jobs, since some rank must take k+1 of those.
+
+    Raises:
+        ValueError: ``workers`` is below 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    ordered = sorted(jobs, reverse=True)
+    bounds = [sum(ordered) / workers, *ordered[:1]]
+    for k in range(1, (len(ordered) - 1) // workers + 1):
+        bounds.append(sum(ordered[: k * workers + 1][-(k + 1) :]))
+    return max(bounds)
