@@ -108,8 +108,8 @@ class TorchCommunicator:
     def split(self, groups: Sequence[Sequence[int]]) -> Communicator:
         """The sub-communicator of the group that holds this rank; it is closed with this one.
 
-        Every rank makes every group, in the order of ``groups``, as torch.distributed asks; a group of one rank needs
-        no process group.
+        Every rank makes every group, in the order of ``groups``, as torch.distributed asks; one rank alone needs no
+        process group.
 
         Raises:
             ValueError: the groups do not partition the ranks.
@@ -117,8 +117,11 @@ class TorchCommunicator:
         """
         mine = own_group(groups, self.rank, self.size)
         child: Communicator | None = None
+        # Ranks outside our group do not come here: then only the members of a new group may be asked to meet, which
+        # torch.distributed allows to ranks that have made equally many groups before; so one rank makes one, too.
+        apart = self.size < dist.get_world_size()
         for members in (sorted(group) for group in groups):
-            made = self._new_subgroup(members) if len(members) > 1 else None
+            made = self._new_subgroup(members, apart) if apart or len(members) > 1 else None
             if members == mine:
                 child = communicators["single" if made is None else "torch"](made, self._timeout, self.traffic)
                 if isinstance(child, TorchCommunicator):
@@ -127,7 +130,7 @@ class TorchCommunicator:
         assert child is not None  # own_group has found this rank in exactly one of them
         return child
 
-    def _new_subgroup(self, members: list[int]) -> dist.ProcessGroup:
+    def _new_subgroup(self, members: list[int], apart: bool) -> dist.ProcessGroup:
         return self._guard(
             "new_group",
             "setup",
@@ -135,8 +138,7 @@ class TorchCommunicator:
                 [dist.get_global_rank(self._group, member) for member in members],
                 timeout=timedelta(seconds=self._timeout),
                 backend=dist.get_backend_config(self._group),
-                # Ranks outside our group do not come here: then only the members may be asked to meet.
-                use_local_synchronization=self.size < dist.get_world_size(),
+                use_local_synchronization=apart,
             ),
         )
 

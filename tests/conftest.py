@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Before torch is imported: child processes (torchrun, mpirun) share the cores among themselves.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.helpers.ranks import RankPool
+
+torch.set_num_threads(2)
+settings.register_profile("repository", deadline=None, derandomize=True)
+settings.load_profile("repository")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """``ranks.run(world_size, function, *args)``: results by rank, from gloo workers that the whole run shares."""
+    pool = RankPool()
+    yield pool
+    pool.close()
