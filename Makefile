@@ -1,0 +1,51 @@
+# From a fresh clone, with nothing but Python and make: `make demo`, `make test`.
+#
+#   PYTHON=python3.12   the interpreter that makes the environment (3.10 or newer)
+#   VENV=path           an environment that is already there, or where to make one
+#   ARGS="..."          passed on to pytest or to the demo
+#
+# pip's own variables work, such as PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a torch without CUDA.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+EXTRAS := .[test,dev]
+# Changes with the requirements and with the place of this clone, to which the installation points.
+STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d ' ' -f 1)
+
+.PHONY: install demo test lint format
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) -m benchmarks.demo $(ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest --durations=20 $(ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_floors.py
+
+format: $(STAMP)
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+$(RUN):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# An environment that holds everything already needs no network; otherwise torch comes first, by itself, because it is
+# by far the largest and the one that is pinned.
+$(STAMP): | $(RUN)
+	@echo "Installing into $(VENV) (once; torch is large)"
+	@$(PIP) install --quiet --no-index --no-build-isolation -c constraints.txt -e '$(EXTRAS)' >/dev/null 2>&1 || \
+	  { $(PIP) install -c constraints.txt torch && $(PIP) install -c constraints.txt -e '$(EXTRAS)'; }
+	@rm -f $(VENV)/.kfac-dist-*
+	@touch $@

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKS = ("callbacks", "launch")
+CURE = "restore the link: rm -rf kfac_dist/{0} && ln -s ../{0} kfac_dist/{0} (git config core.symlinks true)"
+
+# Run from another directory: the modules must come from the installed wheel, and be one class object under one name.
+IMPORT_ALL = """
+import importlib, pathlib, sys
+site = pathlib.Path(sys.argv[1]).resolve()
+for name in ("kfac_dist", "kfac_dist.callbacks", "kfac_dist.launch"):
+    module = importlib.import_module(name)
+    file = pathlib.Path(module.__file__).resolve()
+    assert file.is_relative_to(site), f"{name} came from {file}, not from the wheel"
+print("imported")
+"""
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_link_is_relative_and_leads_to_the_code(name):
+    link = ROOT / "kfac_dist" / name
+    cure = CURE.format(name)
+    assert link.is_symlink(), cure
+    assert os.readlink(link) == f"../{name}", cure
+    assert (link / "__init__.py").is_file(), cure
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_git_keeps_the_link_as_a_link(name):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = ["git", "-C", str(ROOT), "ls-files", "--stage", f"kfac_dist/{name}"]
+    entry = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+    assert entry.startswith("120000 "), f"git holds {entry!r}; {CURE.format(name)}, then git add kfac_dist/{name}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel, built from a copy of the sources: no left-over of an earlier build can enter it."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("kfac_dist", *LINKS):
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=ignored)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source / file)
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), str(source)]
+    pip(*build)
+    (built,) = dist.glob("*.whl")
+    return built
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, f"pip {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}"
+
+
+def test_wheel_holds_the_linked_code_the_types_and_the_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for name in LINKS:
+        here = {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*.py")}
+        missing = {f"kfac_dist/{path}" for path in here} - set(names)
+        assert not missing, f"not in the wheel: {sorted(missing)}; {CURE.format(name)}"
+    assert "kfac_dist/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    strangers = {name.split("/")[0] for name in names if ".dist-info/" not in name} - {"kfac_dist"}
+    assert not strangers, f"only kfac_dist belongs to the wheel, not {sorted(strangers)}"
+
+
+def test_wheel_works_from_another_directory(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip("install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, str(site)],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.strip() == "imported", done.stdout + done.stderr
