@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 
 def in_backward() -> bool:
@@ -39,7 +40,7 @@ def clean_name(name: str) -> str:
 
 def is_uninitialized(parameter: object) -> bool:
     """True for the parameters of lazy modules before their first forward."""
-    return isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    return isinstance(parameter, UninitializedTensorMixin)
 
 
 GradientEdge = torch.autograd.graph.GradientEdge

@@ -60,7 +60,7 @@ FactorInverse = DenseInverse | EigenDecomposition
 
 
 def pi_correction(A: Tensor, G: Tensor) -> Tensor:
-    """pi (groups,): sqrt((tr A / a) / (tr G / g)); 1 where a trace is zero or not finite."""
+    """The factor pi (groups,): sqrt((tr A / a) / (tr G / g)); 1 where a trace is zero or not finite."""
     mean_a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     mean_g = G.diagonal(dim1=-2, dim2=-1).mean(-1)
     pi = (mean_a / mean_g).sqrt()
@@ -104,7 +104,7 @@ def _first_success(matrices: Tensor, solve: Callable[[Tensor], Solved | None]) -
 
 
 def add_to_diagonal(matrices: Tensor, shift: Tensor | float) -> Tensor:
-    """matrices + shift I, a new tensor; ``shift`` is a number or (groups,)."""
+    """The matrices + shift I, a new tensor; ``shift`` is a number or (groups,)."""
     damped = matrices.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(shift[:, None] if isinstance(shift, Tensor) else shift)

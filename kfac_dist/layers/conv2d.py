@@ -6,9 +6,9 @@ T = H_out W_out. Groups have a pair of factors each; their cross-covariance is n
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from kfac_dist.layers.base import Layer, layers, parameter_refusal
 
@@ -80,5 +80,5 @@ class Conv2dLayer(Layer):
         conv = self.module
         g = g if g.dim() == 4 else g[None]
         padded, shape = self._padded(x), list(self.weight.shape)
-        weight = torch.nn.grad.conv2d_weight(padded, shape, g, conv.stride, 0, conv.dilation, conv.groups)
+        weight = conv2d_weight(padded, shape, g, conv.stride, 0, conv.dilation, conv.groups)
         return self.to_matrix(weight, g.sum((0, 2, 3)))

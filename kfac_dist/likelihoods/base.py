@@ -1,7 +1,7 @@
 """What the Fisher matrix needs of a likelihood p(y | logits).
 
 Shapes: logits (B, ..); a cotangent has the shape of the logits and is the gradient, with respect to them, of the
-negative log-likelihood SUMMED over samples and outputs; a mask has the shape of the targets, or of its first dimensions.
+negative log-likelihood SUMMED over samples and outputs; a mask has the first dimensions of the targets.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Likelihood(ABC):
         class_dim: where the classes lie in the logits (for a categorical; the others ignore it).
     """
 
-    bad_output_modules: tuple[str, ...] = ()
-    """Names of module classes that must not stand at the output: they turn logits into probabilities."""
+    not_logits: tuple[str, ...] = ()
+    """Names of operations that must not stand at the output: what they return are no logits of this likelihood."""
 
     def __init__(self, class_dim: int = 1) -> None:
         self.class_dim = class_dim
@@ -59,7 +59,7 @@ class Likelihood(ABC):
 
     @abstractmethod
     def root_columns(self, logits: Tensor) -> Iterator[Tensor]:
-        """The columns of a root S of the loss Hessian at the logits, S S^T, one cotangent each; for all samples at once.
+        """The columns of a root S of the loss Hessian S S^T at the logits, one cotangent each, for all samples at once.
 
         The sum over the columns of u u^T is the exact expectation over targets.
         """

@@ -14,19 +14,19 @@ from kfac_dist.likelihoods.base import Likelihood, likelihoods
 class Bernoulli(Likelihood):
     """p(y_k = 1) = sigmoid(logit_k), every output on its own."""
 
-    bad_output_modules = ("Sigmoid", "LogSigmoid", "Softmax", "LogSoftmax", "Softmax2d", "Hardsigmoid")
+    not_logits = ("Sigmoid", "LogSigmoid", "Softmax", "LogSoftmax", "Hardsigmoid")
 
     def uniforms_per_sample(self, logits: Tensor) -> int:
         """One per output."""
         return self.elements(logits)
 
     def sampled_cotangent(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """sigmoid - y."""
+        """Sigmoid minus y."""
         probabilities = _probabilities(logits)
         return (probabilities - (uniforms.view(logits.shape) < probabilities).to(probabilities)).to(logits.dtype)
 
     def root_columns(self, logits: Tensor) -> Iterator[Tensor]:
-        """sqrt(p_k (1 - p_k)) e_k for every output k."""
+        """Columns sqrt(p_k (1 - p_k)) e_k for every output k."""
         probabilities = _probabilities(logits).reshape(logits.shape[0], -1)
         self.check_column_count(probabilities.shape[1])
         for k in range(probabilities.shape[1]):

@@ -14,7 +14,7 @@ from kfac_dist.likelihoods.base import Likelihood, likelihoods
 class Categorical(Likelihood):
     """p(y = c) = softmax(logits)_c along ``class_dim``; one target for every other position."""
 
-    bad_output_modules = ("Softmax", "LogSoftmax", "Softmax2d", "Softmin", "Sigmoid")
+    not_logits = ("Softmax", "Softmax2d", "Softmin", "Sigmoid")
 
     def check(self, logits: Tensor) -> None:
         """See :meth:`Likelihood.check`."""
@@ -22,8 +22,8 @@ class Categorical(Likelihood):
         dims = logits.dim()
         if not -dims <= self.class_dim < dims or self.class_dim % dims == 0:
             raise ValueError(
-                f"categorical logits of shape {tuple(logits.shape)} have no class dimension class_dim={self.class_dim}: "
-                "return (B, classes, ..) or set class_dim"
+                f"categorical logits of shape {tuple(logits.shape)} have no class dimension "
+                f"class_dim={self.class_dim}: return (B, classes, ..) or set class_dim"
             )
         if logits.shape[self.class_dim] < 2:
             raise ValueError(
@@ -56,7 +56,7 @@ class Categorical(Likelihood):
         return cotangent.reshape(shape).movedim(-1, self.class_dim).to(logits.dtype)
 
     def sampled_cotangent(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """softmax - onehot(y); y by inversion of the cumulative distribution."""
+        """Softmax minus onehot(y); y by inversion of the cumulative distribution."""
         probabilities = self._probabilities(logits)
         below = probabilities.to(uniforms.dtype).cumsum(-1) < uniforms[..., None]
         target = below.sum(-1).clamp_max(probabilities.shape[-1] - 1)
@@ -64,7 +64,7 @@ class Categorical(Likelihood):
         return self._like_logits(cotangent, logits)
 
     def root_columns(self, logits: Tensor) -> Iterator[Tensor]:
-        """sqrt(p_c) (p - e_c) for every position and class c: their outer products add up to diag(p) - p p^T."""
+        """Columns sqrt(p_c) (p - e_c) for all positions and classes: their outer products sum to diag(p) - p p^T."""
         probabilities = self._probabilities(logits)
         _, positions, classes = probabilities.shape
         self.check_column_count(positions * classes)

@@ -19,11 +19,11 @@ class Gaussian(Likelihood):
         return self.elements(logits)
 
     def sampled_cotangent(self, logits: Tensor, uniforms: Tensor) -> Tensor:
-        """f - y = -(standard normal)."""
+        """Minus a standard normal number: f - y."""
         return -torch.special.ndtri(uniforms).view(logits.shape).to(logits.dtype)
 
     def root_columns(self, logits: Tensor) -> Iterator[Tensor]:
-        """e_k for every output k."""
+        """Columns e_k for every output k."""
         flat = logits.detach().reshape(logits.shape[0], -1)
         self.check_column_count(flat.shape[1])
         for k in range(flat.shape[1]):

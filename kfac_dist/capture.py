@@ -1,0 +1,112 @@
+"""Module hooks: what went into a layer, and where the gradient of what came out of it will arrive.
+
+The capture owns its hook handles. It records in training only (gradients enabled and an output that requires one),
+never during the recomputation of a checkpointed forward, and only while ``active``. A layer's output is remembered by
+its gradient edge, not as a tensor: an in-place activation behind the layer would move the tensor in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.compat import GradientEdge, gradient_edge, in_backward
+from kfac_dist.layers import Layer
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one layer: its detached input, the edge of its output in the graph, and which forward it was part of.
+
+    ``forward`` counts the outputs recorded before this call, so that it is the index of the output it led to.
+    """
+
+    layer: Layer
+    x: Tensor
+    edge: GradientEdge
+    forward: int
+
+
+class Capture:
+    """Records the calls of ``layers`` and the outputs of one module.
+
+    Args:
+        layers: the layers to watch.
+        output_module: the module whose output is the logits.
+        on_gradient: called with a call and the gradient of its output during every training backward (the empirical
+            Fisher); None: gradients are asked for later, at the edges.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        output_module: nn.Module,
+        on_gradient: Callable[[Call, Tensor], None] | None = None,
+    ) -> None:
+        self.active = False
+        self.calls: list[Call] = []
+        self.outputs: list[Tensor] = []
+        self.other_outputs: set[str] = set()
+        self.recomputed: set[str] = set()
+        self._on_gradient = on_gradient
+        self._handles = [
+            layer.module.register_forward_hook(self._layer_hook(layer), with_kwargs=True) for layer in layers
+        ]
+        self._handles.append(output_module.register_forward_hook(self._output_hook(output_module)))
+
+    def _recording(self) -> bool:
+        return self.active and torch.is_grad_enabled()
+
+    # The hooks are plain functions, which copy.deepcopy takes over as they are: a copy of the model (weight averaging
+    # makes one) then calls them with its own modules, and they ignore it.
+
+    def _layer_hook(self, layer: Layer) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            if module is not layer.module or not self._recording():
+                return
+            if in_backward():
+                self.recomputed.add(layer.name)
+                return
+            if not output.requires_grad:
+                return
+            x = args[0] if args else kwargs["input"]
+            call = Call(layer, x.detach(), gradient_edge(output), len(self.outputs))
+            if self._on_gradient is None:
+                self.calls.append(call)
+            else:
+                on_gradient = self._on_gradient
+                output.register_hook(lambda gradient: on_gradient(call, gradient.detach()))
+
+        return hook
+
+    def _output_hook(self, output_module: nn.Module) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            if module is not output_module or not self._recording() or in_backward():
+                return
+            # The root of a LightningModule under DDP fires a second time, with whatever training_step returned.
+            if isinstance(output, Tensor) and output.dim() > 0 and output.requires_grad:
+                self.outputs.append(output)
+            else:
+                shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+                self.other_outputs.add(f"{type(output).__name__}{shape}")
+
+        return hook
+
+    def clear(self) -> None:
+        """Forget what was recorded; the graph it held on to can be freed."""
+        self.calls.clear()
+        self.outputs.clear()
+        self.other_outputs.clear()
+
+    def close(self) -> None:
+        """Remove every hook; idempotent."""
+        self.active = False
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

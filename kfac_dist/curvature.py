@@ -1,0 +1,238 @@
+"""The two collectives of the fine level: statistics to factors, and factors to inverses.
+
+Words of the buffers, with a and g the sides of a layer's factors:
+    factors   sum over layers of a (a + 1) / 2 + g (g + 1) / 2, plus a header of 5 + layers + 2 ranks
+    inverses  the same sum ("factored" with a constant damping), or a^2 + a + g^2 + g (eigenbases), plus one status
+              per factor
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.assignment import Assignment, Side
+from kfac_dist.comm import Communicator
+from kfac_dist.fused import FusedBuffer, pack_symmetric, triangle_size, unpack_symmetric
+from kfac_dist.inverse import (
+    DenseInverse,
+    DensePreconditioner,
+    EigenDecomposition,
+    EigenPreconditioner,
+    FactorInverse,
+    Outcome,
+    decompose,
+    invert,
+    pi_correction,
+)
+from kfac_dist.layers import Layer
+from kfac_dist.state import Factors, LayerState
+from kfac_dist.statistics import Statistics
+
+
+def factor_dims(layer: Layer, sides: Sequence[Side]) -> dict[Side, int]:
+    """Side -> order of that factor."""
+    return {side: layer.input_dim if side == "A" else layer.output_dim for side in sides}
+
+
+@dataclass(frozen=True)
+class Health:
+    """What one rank says of itself beside its sums.
+
+    Attributes:
+        statistics: its sums are finite.
+        gradients: its gradients are finite.
+        fallbacks: factorisations of its own that did not succeed at the first attempt, since it last said so.
+        checksums: two numbers that are equal on all replicas (of the gradients and of the parameters).
+    """
+
+    statistics: bool
+    gradients: bool
+    fallbacks: int
+    checksums: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Sums over all ranks.
+
+    Attributes:
+        factors: layer name -> the factors of this window alone; layers that saw no sample are absent.
+        samples: B, global.
+        elements: targets, global.
+        failed_ranks: ranks whose statistics were not finite, and so left out.
+        bad_gradient_ranks: ranks with a gradient that is not finite.
+        fallbacks: sum over the ranks.
+        checksums: one pair per rank.
+    """
+
+    factors: dict[str, Factors]
+    samples: float
+    elements: float
+    failed_ranks: int
+    bad_gradient_ranks: int
+    fallbacks: int
+    checksums: list[tuple[float, float]]
+
+
+def reduce_statistics(
+    layers: Sequence[Layer],
+    sides: Sequence[Side],
+    statistics: Statistics,
+    health: Health,
+    communicator: Communicator,
+    dtype: torch.dtype,
+) -> Reduced:
+    """One packed all-reduce of the NEW sums and counts (never of the average), then the division.
+
+    A rank without samples takes part with zeros; one whose sums are not finite sends zeros and says so in the header.
+    """
+    ranks, count = communicator.size, len(layers)
+    sizes: dict[object, int] = {"header": 5 + count + 2 * ranks}
+    for layer in layers:
+        for side, dim in factor_dims(layer, sides).items():
+            sizes[layer.name, side] = layer.groups * triangle_size(dim)
+    buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
+    if health.statistics:
+        for side, sums in (("A", statistics.A), ("G", statistics.G)):
+            for name, moment in sums.items():
+                pack_symmetric(moment.to(dtype), out=buffer[name, side])
+    counts = [statistics.samples, statistics.elements, *(statistics.rows[layer.name] for layer in layers)]
+    header = [0.0] * sizes["header"]
+    header[:3] = [float(not health.statistics), float(not health.gradients), float(health.fallbacks)]
+    header[3 : 5 + count] = counts if health.statistics else [0.0] * (2 + count)
+    mine = 5 + count + 2 * communicator.rank
+    header[mine : mine + 2] = health.checksums
+    buffer["header"].copy_(torch.tensor(header, dtype=dtype))
+
+    communicator.all_reduce(buffer.flat, phase="factors")
+
+    total = buffer["header"].tolist()
+    samples, rows = total[3], dict(zip((layer.name for layer in layers), total[5 : 5 + count], strict=True))
+    factors: dict[str, Factors] = {}
+    for layer in layers:
+        n = rows[layer.name]
+        if n > 0:
+            parts = {
+                side: unpack_symmetric(buffer[layer.name, side], layer.groups, dim).div_(n)
+                for side, dim in factor_dims(layer, sides).items()
+            }
+            factors[layer.name] = Factors(parts["A"], parts.get("G"), n / samples)
+    pairs = total[5 + count :]
+    return Reduced(
+        factors=factors,
+        samples=samples,
+        elements=total[4],
+        failed_ranks=round(total[0]),
+        bad_gradient_ranks=round(total[1]),
+        fallbacks=round(total[2]),
+        checksums=list(zip(pairs[::2], pairs[1::2], strict=True)),
+    )
+
+
+class InverseExchange:
+    """Owners factorise; one all-reduce over the column hands the results to the ranks that precondition with them.
+
+    Every word has exactly one rank that does not send zero there, so the sum is exact in any order and all ranks hold
+    the same bits.
+
+    Args:
+        layers: all layers.
+        sides: ("A", "G") or ("A",).
+        assignment: who owns what.
+        rank: this process's rank in the world.
+        column: the communicator of this rank's column.
+        eigen: exchange eigendecompositions, to be damped at use; else inverses that hold a constant damping.
+        factored: the factored form of damping (pi), else the exact one.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        sides: Sequence[Side],
+        assignment: Assignment,
+        rank: int,
+        column: Communicator,
+        *,
+        eigen: bool,
+        factored: bool,
+    ) -> None:
+        self._layers = [layer for layer in layers if assignment.preconditions(layer.name, rank)]
+        self._sides = tuple(sides)
+        self._assignment = assignment
+        self._rank = rank
+        self._column = column
+        self._eigen = eigen
+        self._factored = factored
+
+    def _words(self, layer: Layer, dim: int) -> int:
+        return layer.groups * (dim * dim + dim if self._eigen else triangle_size(dim))
+
+    def refresh(self, states: Mapping[str, LayerState], damping: float, dtype: torch.dtype) -> list[Outcome]:
+        """Invert ``state.inverted`` of every layer of this column; returns the outcomes of this rank's own factors."""
+        layers = [layer for layer in self._layers if states[layer.name].inverted is not None]
+        if not layers:
+            return []
+        sizes: dict[object, int] = {"status": len(layers) * len(self._sides)}
+        for layer in layers:
+            for side, dim in factor_dims(layer, self._sides).items():
+                sizes[layer.name, side] = self._words(layer, dim)
+        buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
+        own: list[Outcome] = []
+        for index, layer in enumerate(layers):
+            state = states[layer.name]
+            for offset, side in enumerate(self._sides):
+                if self._assignment.owner[layer.name, side] == self._rank:
+                    outcome, inverse = self._factorise(state, side, damping)
+                    own.append(outcome)
+                    buffer["status"][index * len(self._sides) + offset] = float(outcome)
+                    self._pack(inverse, buffer[layer.name, side])
+        self._column.all_reduce(buffer.flat, phase="inverses")
+        for layer in layers:
+            state = states[layer.name]
+            dims = factor_dims(layer, self._sides)
+            state.inverses = {
+                side: self._unpack(buffer[layer.name, side], layer.groups, dim) for side, dim in dims.items()
+            }
+            state.preconditioner = self._preconditioner(state)
+        return own
+
+    def _factorise(self, state: LayerState, side: str, damping: float) -> tuple[Outcome, FactorInverse]:
+        factors = state.inverted
+        assert factors is not None  # refresh() passes such states only
+        factor = factors.sides()[side]
+        last = state.inverses.get(side)
+        if self._eigen:
+            return decompose(factor, last)
+        if factors.G is None:
+            return invert(factor, damping, last)
+        pi = pi_correction(factors.A, factors.G)
+        shift = (damping / factors.locations) ** 0.5
+        return invert(factor, shift * pi if side == "A" else shift / pi, last)
+
+    def _pack(self, inverse: FactorInverse, out: Tensor) -> None:
+        if isinstance(inverse, DenseInverse):
+            pack_symmetric(inverse.matrix, out)
+        else:
+            vectors, values = inverse.vectors, inverse.values
+            out[: vectors.numel()].copy_(vectors.reshape(-1))
+            out[vectors.numel() :].copy_(values.reshape(-1))
+
+    def _unpack(self, words: Tensor, groups: int, dim: int) -> FactorInverse:
+        if not self._eigen:
+            return DenseInverse(unpack_symmetric(words, groups, dim))
+        split = groups * dim * dim
+        vectors = words[:split].view(groups, dim, dim).clone()
+        return EigenDecomposition(vectors, words[split:].view(groups, dim).clone())
+
+    def _preconditioner(self, state: LayerState) -> DensePreconditioner | EigenPreconditioner:
+        factors, inverses = state.inverted, state.inverses
+        assert factors is not None  # refresh() passes such states only
+        A, G = inverses["A"], inverses.get("G")
+        if isinstance(A, DenseInverse):
+            return DensePreconditioner(A.matrix, G.matrix if isinstance(G, DenseInverse) else None, factors.locations)
+        pi = pi_correction(factors.A, factors.G) if self._factored and factors.G is not None else None
+        return EigenPreconditioner(A, G if isinstance(G, EigenDecomposition) else None, factors.locations, pi)

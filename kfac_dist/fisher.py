@@ -1,0 +1,273 @@
+"""Which gradients make the Fisher matrix: those at sampled targets (true), or those of the training (empirical).
+
+The true Fisher takes an extra backward pass from the logits to the layer outputs, by ``torch.autograd.grad`` at the
+gradient edges: it reaches no parameter, so no gradient accumulates, no DDP bucket is marked, and the training gradients
+stay bitwise what they are without it. Its draws come from counters, not from a random stream.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.capture import Call, Capture
+from kfac_dist.config import KFACConfig
+from kfac_dist.draws import default_sample_ids, uniforms
+from kfac_dist.layers import Layer
+from kfac_dist.likelihoods import Likelihood, likelihoods
+from kfac_dist.statistics import MicroBatch, Statistics
+
+
+def module_named(model: nn.Module, output_module: str | nn.Module | None) -> nn.Module:
+    """The module whose output is the logits.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if output_module is None or output_module == "":
+        return model
+    if isinstance(output_module, nn.Module):
+        return output_module
+    modules = dict(model.named_modules())
+    if output_module not in modules:
+        raise ValueError(f"output_module={output_module!r} is no module of the model; there are: {known(model)}")
+    return modules[output_module]
+
+
+def known(model: nn.Module, limit: int = 30) -> str:
+    """The names of the model's modules, for a message."""
+    names = [name for name, _ in model.named_modules() if name]
+    return ", ".join(names[:limit]) + (", .." if len(names) > limit else "")
+
+
+def check_not_normalised(module: nn.Module, likelihood: Likelihood, name: str) -> None:
+    """Raise ValueError where ``module`` ends in a module that returns no logits of ``likelihood``."""
+    last = module
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    if type(last).__name__ in likelihood.not_logits:
+        raise _not_logits(type(last).__name__, name)
+
+
+def _not_logits(operation: str, likelihood: str) -> ValueError:
+    return ValueError(
+        f"likelihood={likelihood!r} wants logits, but the output comes from {operation}: remove it and train with a "
+        "loss on logits (F.cross_entropy, F.binary_cross_entropy_with_logits), or name the module before it as "
+        "output_module"
+    )
+
+
+class Fisher:
+    """Turns forward passes into statistics.
+
+    Args:
+        model: the plain model.
+        layers: the layers to watch.
+        output_module: name or module of the logits; None: the model.
+        config: the method's configuration.
+        rank: this process's rank, for the default sample ids.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        output_module: str | nn.Module | None,
+        config: KFACConfig,
+        rank: int,
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._rank = rank
+        self._empirical = config.likelihood == "empirical"
+        self._likelihood = None if self._empirical else likelihoods[config.likelihood](config.class_dim)
+        output = module_named(model, output_module)
+        if self._likelihood is not None:
+            check_not_normalised(output, self._likelihood, config.likelihood)
+        self.statistics = Statistics(layers, config.factor_sides == "both")
+        self.capture = Capture(layers, output, self._take_training_gradient if self._empirical else None)
+        self._batches: dict[int, MicroBatch] = {}
+        self._counted: set[int] = set()
+        self._checked_scale = False
+        self._scale_squared: list[tuple[Tensor, float]] = []
+        self._sampled_squared: Tensor | None = None
+
+    def begin(self, active: bool) -> None:
+        """Forget the last window and record the next one, or not."""
+        self.capture.clear()
+        self.statistics.clear()
+        self._batches.clear()
+        self._counted.clear()
+        self.capture.active = active
+
+    def accumulate(self, step: int, sample_ids: Tensor | None, mask: Tensor | None, loss_divisor: float) -> None:
+        """Take the forward pass that was just made into the window; see ``KFACPreconditioner.accumulate``."""
+        if not self.capture.active:
+            return
+        self._check_recorded()
+        if self._empirical:
+            index = len(self.capture.outputs) - 1
+            self._batches[index] = self._micro_batch(index, self.capture.outputs[index], mask, loss_divisor)
+            return
+        try:
+            with torch.autocast(self.capture.outputs[0].device.type, enabled=False):
+                self._sampled_pass(step, sample_ids, mask, loss_divisor)
+        finally:
+            self.capture.clear()
+
+    def _check_recorded(self) -> None:
+        if self.capture.outputs:
+            return
+        if self.capture.other_outputs:
+            raise ValueError(
+                f"the output module returned {', '.join(sorted(self.capture.other_outputs))}, not a tensor of logits "
+                f"that requires a gradient: set output_module to one of {known(self._model)}"
+            )
+        raise RuntimeError(
+            "accumulate() found no forward pass: call it after the model's forward, with gradients enabled, and before "
+            "loss.backward(). If the model was compiled and already called, build K-FAC before its first call"
+        )
+
+    def _micro_batch(self, index: int, output: Tensor, mask: Tensor | None, loss_divisor: float) -> MicroBatch:
+        size = output.shape[0]
+        per_sample = output.numel() // max(size, 1) if self._likelihood is None else self._likelihood.elements(output)
+        if mask is None:
+            return MicroBatch(index, size, float(size), float(size * per_sample), None, float(loss_divisor))
+        mask = mask.to(device=output.device, dtype=torch.bool)
+        shape = tuple(output.shape) if self._likelihood is None else self._likelihood.target_shape(output)
+        if mask.dim() < 1 or tuple(mask.shape) != shape[: mask.dim()]:
+            raise ValueError(f"mask of shape {tuple(mask.shape)} does not match targets of shape {shape}: give (B, ..)")
+        valid = float(mask.flatten(1).any(1).sum() if mask.dim() > 1 else mask.sum())
+        entries = mask.numel() // max(size, 1)
+        elements = float(mask.sum()) * (per_sample / max(entries, 1))
+        return MicroBatch(index, size, valid, elements, mask, float(loss_divisor))
+
+    # -- the true Fisher ------------------------------------------------------------------------------------------
+
+    def _cotangents(
+        self, step: int, forward: int, output: Tensor, ids: Tensor, batch: MicroBatch
+    ) -> Iterator[tuple[Tensor, float]]:
+        """The gradients of the sampled (or exact) negative log-likelihood at the logits, each with its weight."""
+        likelihood, draws = self._likelihood, self._config.fisher_samples
+        assert likelihood is not None  # only the true Fisher comes here
+        keep = None if batch.mask is None else likelihood.expand_mask(batch.mask, output)
+        if draws == "exact":
+            for column in likelihood.root_columns(output):
+                yield (column if keep is None else column * keep), 1.0
+            return
+        n = likelihood.uniforms_per_sample(output)
+        for draw in range(draws):
+            numbers = uniforms(self._config.seed, step, draw + draws * forward, ids, n)
+            cotangent = likelihood.sampled_cotangent(output.detach(), numbers)
+            yield (cotangent if keep is None else cotangent * keep), 1.0 / draws
+
+    def _sampled_pass(self, step: int, sample_ids: Tensor | None, mask: Tensor | None, loss_divisor: float) -> None:
+        for forward, output in enumerate(self.capture.outputs):
+            self._check_logits(output)
+            batch = self._micro_batch(self.statistics.micro_batches, output, mask, loss_divisor)
+            ids = self._sample_ids(sample_ids, batch, output.device)
+            calls = [call for call in self.capture.calls if call.forward == forward]
+            watch = not self._checked_scale and batch.index == 0
+            if watch:
+                self._sampled_squared = None
+            for number, (cotangent, weight) in enumerate(self._cotangents(step, forward, output, ids, batch)):
+                if watch:
+                    self._add_sampled_scale(cotangent, weight)
+                gradients = self._gradients_at(calls, output, cotangent)
+                for call, g in zip(calls, gradients, strict=True):
+                    if g is None:  # the layer does not lead to the logits
+                        continue
+                    if number == 0:
+                        self.statistics.add_input(call.layer, call.x, call.layer.rows(g), batch)
+                    self.statistics.add_output(call.layer, g, weight)
+            self.statistics.add_batch(batch)
+            if watch:  # only now: a tensor hook would fire in the pass above as well
+                self._watch_training_scale(output, batch)
+
+    def _gradients_at(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> Sequence[Tensor | None]:
+        if not calls:
+            return []
+        edges = [call.edge for call in calls]
+        try:
+            return torch.autograd.grad(output, edges, cotangent, retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the sampled-target pass could not go back through the graph ({error}). Call accumulate() after the "
+                "forward and BEFORE loss.backward(); use activation checkpointing with use_reentrant=False; under "
+                "torch.compile set torch._functorch.config.donated_buffer=False before the first call"
+            ) from error
+
+    def _check_logits(self, output: Tensor) -> None:
+        assert self._likelihood is not None  # only the true Fisher comes here
+        self._likelihood.check(output)
+        operation = type(output.grad_fn).__name__.removesuffix("Backward0").removesuffix("Backward1")
+        if operation in self._likelihood.not_logits:
+            raise _not_logits(operation, self._config.likelihood)
+
+    def _sample_ids(self, sample_ids: Tensor | None, batch: MicroBatch, device: torch.device) -> Tensor:
+        if sample_ids is None:
+            return default_sample_ids(self._rank, batch.index, batch.size, device)
+        ids = torch.as_tensor(sample_ids, device=device)
+        if tuple(ids.shape) != (batch.size,) or ids.is_floating_point():
+            raise ValueError(
+                f"sample_ids of shape {tuple(ids.shape)} and type {ids.dtype}: need ({batch.size},) integers, the "
+                "global index of every sample"
+            )
+        return ids
+
+    # -- the empirical Fisher -------------------------------------------------------------------------------------
+
+    def _take_training_gradient(self, call: Call, gradient: Tensor) -> None:
+        """Runs inside the training backward, once for every call of a layer."""
+        if not self.capture.active:
+            return
+        index = call.forward
+        if index not in self._batches:
+            if index >= len(self.capture.outputs):
+                self._check_recorded()
+                return
+            self._batches[index] = self._micro_batch(index, self.capture.outputs[index], None, 1.0)
+        batch = self._batches[index]
+        if index not in self._counted:
+            self._counted.add(index)
+            self.statistics.add_batch(batch)
+        scale = batch.per_sample_scale(self._config.loss_reduction)
+        with torch.no_grad():
+            self.statistics.add_input(call.layer, call.x, call.layer.rows(gradient), batch)
+            self.statistics.add_output(call.layer, gradient, 1.0, scale)
+
+    # -- do the two losses agree in scale? ------------------------------------------------------------------------
+
+    def _watch_training_scale(self, output: Tensor, batch: MicroBatch) -> None:
+        self._scale_squared.clear()
+        factor = batch.per_sample_scale(self._config.loss_reduction)
+
+        def remember(gradient: Tensor) -> None:
+            self._scale_squared.append((gradient.detach().double().square().sum(), factor))
+
+        output.register_hook(remember)
+
+    def _add_sampled_scale(self, cotangent: Tensor, weight: float) -> None:
+        square = cotangent.double().square().sum() * weight
+        self._sampled_squared = square if self._sampled_squared is None else self._sampled_squared + square
+
+    def check_training_scale(self, grad_scale: float) -> None:
+        """Warn, at the first factor step, when the training loss is not on the scale of the likelihood."""
+        if self._checked_scale or not self._scale_squared or self._sampled_squared is None:
+            return
+        self._checked_scale = True
+        square, factor = self._scale_squared[0]
+        training = float(square) ** 0.5 * factor / grad_scale
+        sampled = float(self._sampled_squared) ** 0.5
+        ratio = training / sampled if sampled > 0 else float("nan")
+        if not 0.1 <= ratio <= 10.0 and ratio == ratio:
+            warnings.warn(
+                f"the output gradients of the training loss are {ratio:.3g} times those of the sampled "
+                f"{self._config.likelihood} loss after loss_reduction={self._config.loss_reduction!r}: damping and the "
+                "step sizes of the coarse level depend on that scale. Sum the loss over outputs and average it over "
+                'samples, or state its form, such as loss_reduction="mean_all" for nn.MSELoss()',
+                stacklevel=3,
+            )

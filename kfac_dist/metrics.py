@@ -1,0 +1,80 @@
+"""What the last step did: numbers that are computed on the device and read only when somebody asks.
+
+Keys are slash-separated, such as "ms/precondition" or "bytes/factors".
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class PhaseTimer:
+    """Milliseconds per named phase of the step, without synchronising a CUDA device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: dict[str, list[tuple]] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the body of a ``with`` statement under ``phase``; repeated phases add up."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spans.setdefault(phase, []).append((start, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def clear(self) -> None:
+        """Start a new step."""
+        self._spans = {}
+
+    def milliseconds(self) -> dict[str, float]:
+        """Phase -> milliseconds since the last ``clear``; waits for the device where it has one."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            return {phase: sum(a.elapsed_time(b) for a, b in spans) for phase, spans in self._spans.items()}
+        return {phase: sum(b - a for a, b in spans) * 1e3 for phase, spans in self._spans.items()}
+
+
+class Metrics(Mapping[str, float]):
+    """Name -> number of the last step. Reading a value that lives on a device synchronises with it."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float | Tensor] = {}
+        self._timer: PhaseTimer | None = None
+
+    def replace(self, values: Mapping[str, float | Tensor], timer: PhaseTimer) -> None:
+        """Set the numbers of a new step."""
+        self._values = dict(values)
+        self._timer = timer
+
+    def _milliseconds(self) -> dict[str, float]:
+        spans = self._timer.milliseconds() if self._timer else {}
+        return {f"ms/{phase}": value for phase, value in spans.items()}
+
+    def __getitem__(self, name: str) -> float:
+        if name in self._values:
+            return float(self._values[name])
+        return self._milliseconds()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._values
+        yield from self._milliseconds()
+
+    def __len__(self) -> int:
+        return len(self._values) + len(self._milliseconds())
+
+    def __repr__(self) -> str:
+        return f"Metrics({dict(self)!r})"

@@ -1,0 +1,121 @@
+"""What is remembered of a layer between steps, and how it is saved.
+
+The factors are all-reduced, hence equal on every rank, so a checkpoint needs no collective. Inverses are not saved:
+they are rebuilt from the factors of the last inversion, whichever rank owns them at the new world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.factors import decay_weight, moving_average
+from kfac_dist.inverse import FactorInverse, LayerPreconditioner
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The Kronecker factors of one layer: A (groups, a, a), G (groups, g, g) or None, and T locations per sample.
+
+    Never changed in place: a reference stays what it was when it was taken.
+    """
+
+    A: Tensor
+    G: Tensor | None
+    locations: float
+
+    def averaged_with(self, new: Factors, updates: int, decay: float) -> Factors:
+        """The moving average after its ``updates``-th update (0, 1, ..) by ``new``."""
+        rho = decay_weight(updates, decay)
+        return Factors(
+            moving_average(self.A, new.A, updates, decay),
+            None if new.G is None else moving_average(self.G, new.G, updates, decay),
+            rho * self.locations + (1.0 - rho) * new.locations,
+        )
+
+    def sides(self) -> dict[str, Tensor]:
+        """Side -> factor: "A" and, where there is one, "G"."""
+        return {"A": self.A} if self.G is None else {"A": self.A, "G": self.G}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers."""
+        return {"A": self.A, "G": self.G, "locations": self.locations}
+
+
+@dataclass
+class LayerState:
+    """Moving averages, the factors that were last inverted, and what became of them on this rank.
+
+    Attributes:
+        factors: the moving average; None before the first update.
+        updates: how many updates the average has seen.
+        inverted: the factors of the last inversion.
+        inverses: factor side -> its inverse, on the ranks that precondition this layer.
+        preconditioner: made of the inverses; None elsewhere and before the first inversion.
+    """
+
+    factors: Factors | None = None
+    updates: int = 0
+    inverted: Factors | None = None
+    inverses: dict[str, FactorInverse] = field(default_factory=dict)
+    preconditioner: LayerPreconditioner | None = None
+
+    def update(self, new: Factors, decay: float) -> None:
+        """Take one more batch into the moving average."""
+        self.factors = new if self.factors is None else self.factors.averaged_with(new, self.updates, decay)
+        self.updates += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part that is saved."""
+        return {
+            "updates": self.updates,
+            "factors": None if self.factors is None else self.factors.to_dict(),
+            "inverted": None if self.inverted is None else self.inverted.to_dict(),
+        }
+
+
+def layer_state_from_dict(
+    name: str, saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> LayerState:
+    """A layer's state from its saved form, moved to ``device``.
+
+    Args:
+        name: the layer's name, for the message.
+        saved: what :meth:`LayerState.to_dict` gave.
+        shapes: the expected shape of "A" and, unless only the input side is used, of "G".
+        dtype: the type of the factors.
+        device: where they go.
+
+    Raises:
+        ValueError: a part is missing or a shape differs.
+    """
+
+    def factors(key: str) -> Factors | None:
+        part = saved[key]
+        if part is None:
+            return None
+        sides: dict[str, Tensor | None] = {"A": None, "G": None}
+        for side, shape in shapes.items():
+            tensor = part[side]
+            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+            if found != shape:
+                raise ValueError(
+                    f"K-FAC state of layer {name!r}: factor {side} has shape {found} in the checkpoint and {shape} in "
+                    "this model; load it into the model it was saved from, with the same factor_sides"
+                )
+            sides[side] = tensor.to(device=device, dtype=dtype, copy=True)
+        return Factors(sides["A"], sides["G"], float(part["locations"]))  # type: ignore[arg-type]
+
+    try:
+        average = factors("factors")
+        same = saved["inverted"] is not None and saved["factors"] is not None
+        same = same and saved["inverted"]["A"] is saved["factors"]["A"]
+        return LayerState(average, int(saved["updates"]), average if same else factors("inverted"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"K-FAC state of layer {name!r} is damaged: {error!r}") from error

@@ -1,0 +1,139 @@
+"""Sums over the samples of an accumulation window, from which factors are made.
+
+Everything here is a SUM over samples and locations beside a COUNT, so that the factors do not depend on how a batch was
+cut into micro-batches or spread over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_dist.factors import statistics_dtype
+from kfac_dist.layers import Layer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is known of one forward pass.
+
+    Attributes:
+        index: its place in the window.
+        size: samples in it, masked or not.
+        valid: samples that count.
+        elements: targets that count, over all samples.
+        mask: (size, ..) of booleans, the first dimensions of the targets; None: everything counts.
+        loss_divisor: what the training loss was divided by (the number of accumulated micro-batches).
+    """
+
+    index: int
+    size: int
+    valid: float
+    elements: float
+    mask: Tensor | None = None
+    loss_divisor: float = 1.0
+
+    def per_sample_scale(self, loss_reduction: str | float) -> float:
+        """What turns an output gradient of the training loss into that of one sample's negative log-likelihood.
+
+        A mean over samples carries 1 / size of THIS backward, whatever DDP averages afterwards.
+        """
+        if loss_reduction == "sum":
+            scale = 1.0
+        elif loss_reduction == "mean":
+            scale = self.valid
+        elif loss_reduction == "mean_all":
+            scale = self.elements
+        else:
+            scale = self.valid / float(loss_reduction)
+        return scale * self.loss_divisor
+
+    def row_weights(self, layer: Layer, rows: int) -> Tensor | None:
+        """Zeros and ones (rows,) for the rows of a layer's input; None without a mask.
+
+        Where the layer has one row per target the mask is taken entry by entry; elsewhere a sample counts with all its
+        rows unless all its targets are masked.
+
+        Raises:
+            ValueError: the rows cannot be told apart by sample.
+        """
+        if self.mask is None:
+            return None
+        if rows % self.size:
+            raise ValueError(
+                f"layer {layer.name!r} has {rows} rows for {self.size} samples: a mask cannot be applied to it; "
+                "add it to skip_layers or train without a mask"
+            )
+        if rows == self.mask.numel():
+            return self.mask.flatten()
+        return (
+            self.mask.flatten(1).any(1).repeat_interleave(rows // self.size)
+            if self.mask.dim() > 1
+            else (self.mask.repeat_interleave(rows // self.size))
+        )
+
+
+class Statistics:
+    """Sums of a a^T and g g^T per layer, and the counts that belong to them.
+
+    Args:
+        layers: the layers to sum for.
+        output_side: whether G is wanted.
+    """
+
+    def __init__(self, layers: Sequence[Layer], output_side: bool) -> None:
+        self._layers = layers
+        self._output_side = output_side
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self.A: dict[str, Tensor] = {}
+        self.G: dict[str, Tensor] = {}
+        self.rows: dict[str, float] = {layer.name: 0.0 for layer in self._layers}
+        self.samples = 0.0
+        self.elements = 0.0
+        self.micro_batches = 0
+
+    def add_batch(self, batch: MicroBatch) -> None:
+        """Count the samples of one micro-batch."""
+        self.samples += batch.valid
+        self.elements += batch.elements
+        self.micro_batches += 1
+
+    def add_input(self, layer: Layer, x: Tensor, rows: int, batch: MicroBatch) -> None:
+        """Add the input of one call; ``rows`` is the number of its samples times locations."""
+        weights = batch.row_weights(layer, rows)
+        moment = layer.input_moment(x, statistics_dtype(layer.weight.dtype), weights)
+        _add(self.A, layer.name, moment)
+        self.rows[layer.name] += rows if weights is None else float(weights.sum())
+
+    def add_output(self, layer: Layer, g: Tensor, weight: float, scale: float = 1.0) -> None:
+        """Add one draw of the output gradient of one call.
+
+        Args:
+            layer: the layer.
+            g: the gradient that autograd delivered, in whatever type.
+            weight: the draw's share of the expectation (1 / draws; 1 for a column of the exact root).
+            scale: g times this is the gradient of one sample's negative log-likelihood.
+        """
+        if self._output_side:
+            dtype = statistics_dtype(layer.weight.dtype)
+            _add(self.G, layer.name, layer.output_moment(g.to(dtype), dtype) * (weight * scale**2))
+
+    def rescale_outputs(self, factor: float) -> None:
+        """Multiply the output sides by ``factor`` (what a gradient scaler put into them, squared and inverted)."""
+        if factor != 1.0:
+            self.G = {name: moment * factor for name, moment in self.G.items()}
+
+    def finite(self) -> bool:
+        """Whether every sum is finite (one synchronisation)."""
+        sums = [*self.A.values(), *self.G.values()]
+        return not sums or bool(torch.stack([s.sum() for s in sums]).isfinite().all())
+
+
+def _add(sums: dict[str, Tensor], name: str, moment: Tensor) -> None:
+    sums[name] = sums[name] + moment if name in sums else moment
