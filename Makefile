@@ -38,7 +38,7 @@ format: $(STAMP)
 
 $(RUN):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "$(PYTHON) is older than 3.10; name a newer one: make PYTHON=python3.12"; exit 1; }
+	  { echo "PYTHON=$(PYTHON) is no Python 3.10 or newer; name one that is: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # An environment that holds everything already needs no network; otherwise torch comes first, by itself, because it is
