@@ -1,0 +1,95 @@
+"""Small float64 models with data and losses, on which a dense matrix can be formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model builder, its inputs and targets, its likelihood, and the loss: summed over outputs, mean over samples."""
+
+    build: Callable[[], nn.Module]
+    x: Tensor
+    y: Tensor
+    likelihood: str
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(1)
+        return self.build().double()
+
+    def sum_loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        if self.likelihood == "categorical":
+            return F.cross_entropy(logits, y, reduction="sum")
+        if self.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(logits, y, reduction="sum")
+        return 0.5 * (logits - y).square().sum()
+
+    def loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        return self.sum_loss(logits, y) / logits.shape[0]
+
+
+class Shared(nn.Module):
+    """One hidden module called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(h)))))
+
+
+class Sequences(nn.Module):
+    """Linear layers over (B, S, d), with non-contiguous inputs; logits (B, classes, S)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.mT))).mT
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, (2, 3), padding="same", dilation=(1, 2), groups=2, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(4, 2, 2, padding=1, padding_mode="circular"),
+        nn.Flatten(),
+        nn.Linear(2 * 4 * 4, 3),
+    )
+
+
+def cases(batch: int = 12) -> dict[str, Case]:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def classes(*shape: int) -> Tensor:
+        return torch.randint(0, 3, shape, generator=generator)
+
+    flat = normal(batch, 5)
+    return {
+        "mlp-categorical": Case(mlp, flat, classes(batch), "categorical"),
+        "mlp-bernoulli": Case(mlp, flat, (normal(batch, 3) > 0).double(), "bernoulli"),
+        "mlp-gaussian": Case(mlp, flat, normal(batch, 3), "gaussian"),
+        "cnn": Case(cnn, normal(batch, 2, 6, 6), classes(batch), "categorical"),
+        "shared": Case(Shared, flat, classes(batch), "categorical"),
+        "sequences": Case(Sequences, normal(batch, 4, 6), classes(batch, 6), "categorical"),
+    }

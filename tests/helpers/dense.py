@@ -1,0 +1,167 @@
+"""Dense float64 references, written for clarity and independently of the package.
+
+The package is used for one thing only: the uniform numbers behind sampled targets, which are part of its contract.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from kfac_dist.draws import uniforms
+from tests.helpers.cases import Case
+
+TREATED = (nn.Linear, nn.Conv2d)
+
+
+def treated(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, TREATED) and m.weight.requires_grad}
+
+
+def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[W | b] with the bias as the last column, (groups, d_out, d_in)."""
+    groups = getattr(module, "groups", 1)
+    w = weight.flatten(1)
+    matrix = w if bias is None else torch.cat([w, bias[:, None]], dim=1)
+    return matrix.reshape(groups, -1, matrix.shape[1])
+
+
+def gradient_matrix(module: nn.Module) -> Tensor:
+    return theta(module, module.weight.grad, None if module.bias is None else module.bias.grad)
+
+
+def patches(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, T, groups, d_in with the constant), by slicing out every patch."""
+    if isinstance(module, nn.Linear):
+        rows = x.reshape(x.shape[0], -1, 1, x.shape[-1])
+    else:
+        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+        if module.padding == "same":
+            th, tw = dh * (kh - 1), dw * (kw - 1)
+            sides = (tw // 2, tw - tw // 2, th // 2, th - th // 2)
+        else:
+            ph, pw = module.padding
+            sides = (pw, pw, ph, ph)
+        mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
+        x = nn.functional.pad(x, sides, mode=mode)
+        height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
+        width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        cut = []
+        for i in range(height):
+            for j in range(width):
+                patch = x[:, :, i * sh : i * sh + dh * (kh - 1) + 1 : dh, j * sw : j * sw + dw * (kw - 1) + 1 : dw]
+                cut.append(patch.reshape(x.shape[0], module.groups, -1))
+        rows = torch.stack(cut, dim=1)
+    if module.bias is None:
+        return rows
+    return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
+
+
+def output_rows(module: nn.Module, g: Tensor) -> Tensor:
+    """(B, T, groups, d_out)."""
+    if isinstance(module, nn.Linear):
+        return g.reshape(g.shape[0], -1, 1, g.shape[-1])
+    return g.flatten(2).mT.reshape(g.shape[0], -1, module.groups, g.shape[1] // module.groups)
+
+
+def cotangents(
+    case: Case, logits: Tensor, y: Tensor, fisher: str, samples: int | str, seed: int, step: int, ids: Tensor
+) -> Iterator[tuple[Tensor, float]]:
+    """d(sum of losses)/d(logits) at the targets that make the Fisher, each with its weight."""
+    logits = logits.detach().requires_grad_()
+    if fisher == "empirical":
+        (gradient,) = torch.autograd.grad(case.sum_loss(logits, y), logits)
+        yield gradient, 1.0
+    elif samples == "exact":
+        yield from exact_columns(case.likelihood, logits.detach())
+    else:
+        for draw in range(int(samples)):
+            target = sampled_targets(case.likelihood, logits.detach(), seed, step, draw, ids)
+            (gradient,) = torch.autograd.grad(case.sum_loss(logits, target), logits)
+            yield gradient, 1.0 / int(samples)
+
+
+def sampled_targets(likelihood: str, logits: Tensor, seed: int, step: int, draw: int, ids: Tensor) -> Tensor:
+    if likelihood == "categorical":
+        p = logits.movedim(1, -1).softmax(-1)
+        u = uniforms(seed, step, draw, ids, math.prod(p.shape[1:-1])).view(*p.shape[:-1], 1)
+        return (p.cumsum(-1) < u).sum(-1)
+    u = uniforms(seed, step, draw, ids, logits[0].numel()).view_as(logits)
+    return (u < logits.sigmoid()).double() if likelihood == "bernoulli" else logits + torch.special.ndtri(u)
+
+
+def exact_columns(likelihood: str, logits: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Weighted by the probability of each target, one target entry at a time; all entries are independent."""
+    if likelihood == "categorical":
+        p = logits.softmax(1)
+        for position in range(math.prod(logits.shape[2:])):
+            for c in range(logits.shape[1]):
+                gradient = torch.zeros_like(logits)
+                flat, probability = gradient.flatten(2) if logits.dim() > 2 else gradient[..., None], p
+                probability = p.flatten(2)[..., position] if logits.dim() > 2 else p
+                flat[..., position] = probability
+                flat[:, c, position] -= 1.0
+                flat[..., position] *= probability[:, c : c + 1].sqrt()
+                yield gradient, 1.0
+    else:
+        p = logits.sigmoid() if likelihood == "bernoulli" else None
+        for k in range(logits.shape[1]):
+            gradient = torch.zeros_like(logits)
+            gradient[:, k] = 1.0 if p is None else (p[:, k] * (1 - p[:, k])).sqrt()
+            yield gradient, 1.0
+
+
+def kronecker_factors(
+    case: Case, model: nn.Module, x: Tensor, make_cotangents: Callable[[Tensor], Iterator[tuple[Tensor, float]]]
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """Layer -> (A, G, T), A and G (groups, d, d): averages over samples, locations and calls."""
+    calls: list[tuple[str, Tensor, Tensor]] = []
+    handles = []
+    modules = treated(model)
+    for name, module in modules.items():
+
+        def hook(m: nn.Module, inputs: tuple, out: Tensor, name: str = name) -> Tensor:
+            calls.append((name, inputs[0].detach().clone(), out))
+            return out.clone()  # so that an in-place activation leaves the recorded output alone
+
+        handles.append(module.register_forward_hook(hook))
+    logits = model(x)
+    for handle in handles:
+        handle.remove()
+    A: dict[str, list[Tensor]] = {name: [] for name in modules}
+    G: dict[str, list[Tensor]] = {name: [] for name in modules}
+    for number, (cotangent, weight) in enumerate(make_cotangents(logits)):
+        gradients = torch.autograd.grad(logits, [out for *_, out in calls], cotangent, retain_graph=True)
+        for (name, a, _), g in zip(calls, gradients, strict=True):
+            rows = output_rows(modules[name], g)
+            G[name].append(torch.einsum("btgi,btgj->gij", rows, rows) * weight)
+            if number == 0:
+                cut = patches(modules[name], a)
+                A[name].append(torch.einsum("btgi,btgj->gij", cut, cut))
+    result = {}
+    for name, module in modules.items():
+        count = sum(patches(module, a).shape[0] * patches(module, a).shape[1] for n, a, _ in calls if n == name)
+        result[name] = (sum(A[name]) / count, sum(G[name]) / count, count / x.shape[0])
+    return result
+
+
+def kfac_direction(
+    A: Tensor, G: Tensor, T: float, gradient: Tensor, lam: float, method: str = "eigen", sides: str = "both"
+) -> Tensor:
+    """(K + damping)^-1 grad by a dense solve on the row-major vector, group by group."""
+    out = []
+    for a, g, x in zip(A, G, gradient, strict=True):
+        eye_a, eye_g = torch.eye(len(a)).double(), torch.eye(len(g)).double()
+        if sides == "input":
+            matrix = torch.kron(eye_g, a + lam * eye_a)
+        elif method == "eigen":
+            matrix = T * torch.kron(g, a) + lam * torch.kron(eye_g, eye_a)
+        else:
+            pi = ((a.trace() / len(a)) / (g.trace() / len(g))).sqrt()
+            s = (lam / T) ** 0.5
+            matrix = T * torch.kron(g + s / pi * eye_g, a + s * pi * eye_a)
+        out.append(torch.linalg.solve(matrix, x.flatten()).view_as(x))
+    return torch.stack(out)
