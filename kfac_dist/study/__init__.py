@@ -1,0 +1,10 @@
+"""Problems to train on, as LightningModules and LightningDataModules; import them as ``kfac_dist.study``."""
+
+from kfac_dist.study.autoencoder import Autoencoder
+from kfac_dist.study.curves import Curves
+from kfac_dist.study.digits import Digits
+from kfac_dist.study.digits_cnn import DigitsCNN
+from kfac_dist.study.mnist import MNISTDigits
+from kfac_dist.study.record import EpochRecord
+
+__all__ = ["Autoencoder", "Curves", "Digits", "DigitsCNN", "EpochRecord", "MNISTDigits"]

@@ -1,0 +1,119 @@
+"""The deep autoencoder of Hinton & Salakhutdinov (2006), on which K-FAC has been measured ever since."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+def autoencoder_layers(widths: Sequence[int], activation: str) -> nn.Sequential:
+    """Encoder ``widths`` and its mirror image as one chain of Linear layers.
+
+    The code layer, narrowest and in the middle, and the last layer are linear; every other one is followed by the
+    activation.
+    """
+    sizes = [*widths, *reversed(widths[:-1])]
+    layers: list[nn.Module] = []
+    for i, (d_in, d_out) in enumerate(pairwise(sizes), start=1):
+        layers.append(nn.Linear(d_in, d_out))
+        if i not in (len(widths) - 1, len(sizes) - 1):
+            layers.append(ACTIVATIONS[activation]())
+    return nn.Sequential(*layers)
+
+
+def initialise(net: nn.Module, init: str, activation: str) -> None:
+    """Draw the Linear weights anew, with zero biases; "default" leaves PyTorch's own draw."""
+    if init == "default":
+        return
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            if init == "xavier":
+                nn.init.xavier_uniform_(layer.weight)
+            else:
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu" if activation == "relu" else "linear")
+            nn.init.zeros_(layer.bias)
+
+
+class Autoencoder(pl.LightningModule):
+    """Reconstructs images whose pixels lie in [0, 1]; ``forward`` returns LOGITS.
+
+    The loss is the binary cross-entropy summed over the pixels and averaged over the images, so that it is the mean
+    negative log-likelihood of a sample and Bernoulli targets give the true Fisher. The mean per pixel, in nats, is
+    logged as ``pixel_loss`` (mean over the training steps of an epoch) and ``val_pixel_loss``.
+
+    Args:
+        widths: pixels, hidden widths and code width of the encoder; the decoder mirrors them.
+        activation: after every layer but the code layer and the last one.
+        init: "default" is PyTorch's (uniform with variance 1 / (3 d_in)), "xavier" Glorot & Bengio 2010 and "kaiming"
+            He et al. 2015, both uniform with zero biases. It decides how fast first-order methods start.
+        lr: learning rate of the SGD that serves unless the command line or a configuration names an optimizer.
+        momentum: of that SGD.
+
+    Raises:
+        ValueError: fewer than two widths, an unknown activation or an unknown initialisation.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (784, 1000, 500, 250, 30),
+        activation: Literal["relu", "tanh", "sigmoid"] = "relu",
+        init: Literal["default", "xavier", "kaiming"] = "default",
+        lr: float = 3e-3,
+        momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths={list(widths)} must be two or more positive numbers: pixels, .., code")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+        if init not in ("default", "xavier", "kaiming"):
+            raise ValueError(f"init={init!r} is unknown; choose one of default, xavier, kaiming")
+        self.net = autoencoder_layers(tuple(widths), activation)
+        initialise(self.net, init, activation)
+        self.lr = lr
+        self.momentum = momentum
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, pixels) of the reconstruction of ``images`` (B, pixels)."""
+        return self.net(images)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Loss of one batch, whose first tensor holds the images."""
+        return self._loss(batch[0], "")
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log the held-out loss."""
+        self._loss(batch[0], "val_")
+
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Log the test loss."""
+        self._loss(batch[0], "test_")
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Reconstructed images (B, pixels) in [0, 1]."""
+        return self(batch[0]).sigmoid()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+
+    def _loss(self, images: Tensor, prefix: str) -> Tensor:
+        loss = F.binary_cross_entropy_with_logits(self(images), images, reduction="sum") / len(images)
+        self.log(
+            f"{prefix}pixel_loss",
+            loss.detach() / images[0].numel(),
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            sync_dist=True,
+            batch_size=len(images),
+        )
+        return loss
