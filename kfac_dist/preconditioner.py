@@ -225,7 +225,8 @@ class KFACPreconditioner:
     def _update_factors(self, grad_scale: float) -> None:
         """Sums and counts of all ranks -> this window's factors -> the moving average."""
         statistics = self._fisher.statistics
-        statistics.rescale_outputs(grad_scale**-2)
+        if self.config.likelihood == "empirical":  # a sampled pass does not see the scaler
+            statistics.rescale_outputs(grad_scale**-2)
         self._fisher.check_training_scale(grad_scale)
         gradient_norm = norm([p.grad for layer in self.layers for p in layer.parameters if p.grad is not None])
         health = Health(
