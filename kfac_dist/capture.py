@@ -50,6 +50,7 @@ class Capture:
         self.calls: list[Call] = []
         self.outputs: list[Tensor] = []
         self.other_outputs: set[str] = set()
+        self.layers_ran = False
         self.recomputed: set[str] = set()
         self._on_gradient = on_gradient
         self._handles = [
@@ -73,6 +74,7 @@ class Capture:
                 return
             if not output.requires_grad:
                 return
+            self.layers_ran = True
             x = args[0] if args else kwargs["input"]
             call = Call(layer, x.detach(), gradient_edge(output), len(self.outputs))
             if self._on_gradient is None:
@@ -102,6 +104,7 @@ class Capture:
         self.calls.clear()
         self.outputs.clear()
         self.other_outputs.clear()
+        self.layers_ran = False
 
     def close(self) -> None:
         """Remove every hook; idempotent."""

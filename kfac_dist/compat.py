@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
@@ -31,6 +34,27 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_compiled(module: nn.Module) -> bool:
     """True where ``module.compile()`` or ``torch.compile(module)`` was applied to this very module."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def open_compiled_code() -> Callable[[], None]:
+    """Make compiled code fit for capture: its graphs may go backward twice, and hooks that come now are seen.
+
+    Compiled code ignores hooks that were registered after its first call (``skip_nnmodule_hook_guards``), so all of it
+    is dropped, to be compiled anew at the next call.
+
+    Returns:
+        What gives the setting back, and drops the code with the hooks in it.
+    """
+    functorch = importlib.import_module("torch._functorch.config")
+    before = getattr(functorch, "donated_buffer", None)
+
+    def donate(value: bool | None) -> None:
+        if before is not None:
+            functorch.donated_buffer = value  # type: ignore[attr-defined]
+        torch.compiler.reset()
+
+    donate(False)
+    return lambda: donate(before)
 
 
 def clean_name(name: str) -> str:

@@ -103,14 +103,19 @@ class Fisher:
         self._counted.clear()
         self.capture.active = active
 
+    def forget(self) -> None:
+        """Drop forwards that :meth:`accumulate` has not taken; what is summed already stays."""
+        if not self._empirical:  # there a training backward decides what counts
+            self.capture.clear()
+
     def accumulate(self, step: int, sample_ids: Tensor | None, mask: Tensor | None, loss_divisor: float) -> None:
         """Take the forward pass that was just made into the window; see ``KFACPreconditioner.accumulate``."""
         if not self.capture.active:
             return
         self._check_recorded()
         if self._empirical:
-            index = len(self.capture.outputs) - 1
-            self._batches[index] = self._micro_batch(index, self.capture.outputs[index], mask, loss_divisor)
+            for index in range(max(self._batches, default=-1) + 1, len(self.capture.outputs)):
+                self._batches[index] = self._micro_batch(index, self.capture.outputs[index], mask, loss_divisor)
             return
         try:
             with torch.autocast(self.capture.outputs[0].device.type, enabled=False):
@@ -121,11 +126,14 @@ class Fisher:
     def _check_recorded(self) -> None:
         if self.capture.outputs:
             return
-        if self.capture.other_outputs:
-            raise ValueError(
-                f"the output module returned {', '.join(sorted(self.capture.other_outputs))}, not a tensor of logits "
-                f"that requires a gradient: set output_module to one of {known(self._model)}"
+        if self.capture.other_outputs or self.capture.layers_ran:
+            returned = ", ".join(sorted(self.capture.other_outputs))
+            what = (
+                f"returned {returned}, not a tensor of logits that requires a gradient"
+                if returned
+                else "was not called"
             )
+            raise ValueError(f"the output module {what}: set output_module to one of {known(self._model)}")
         raise RuntimeError(
             "accumulate() found no forward pass: call it after the model's forward, with gradients enabled, and before "
             "loss.backward(). If the model was compiled and already called, build K-FAC before its first call"
@@ -258,8 +266,10 @@ class Fisher:
         """Warn, at the first factor step, when the training loss is not on the scale of the likelihood."""
         if self._checked_scale or not self._scale_squared or self._sampled_squared is None:
             return
-        self._checked_scale = True
         square, factor = self._scale_squared[0]
+        if not bool(square.isfinite()):  # a gradient scaler that still searches for its scale
+            return
+        self._checked_scale = True
         training = float(square) ** 0.5 * factor / grad_scale
         sampled = float(self._sampled_squared) ** 0.5
         ratio = training / sampled if sampled > 0 else float("nan")

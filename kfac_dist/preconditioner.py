@@ -175,6 +175,10 @@ class KFACPreconditioner:
         with self._timer("capture"):
             self._fisher.accumulate(self._step, sample_ids, mask, loss_divisor)
 
+    def forget(self) -> None:
+        """Drop forwards that no :meth:`accumulate` followed (a loss that was skipped); the window's sums stay."""
+        self._fisher.forget()
+
     def step(
         self,
         lr: float | Optimizer | None = None,
