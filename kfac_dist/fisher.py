@@ -174,6 +174,8 @@ class Fisher:
 
     def _sampled_pass(self, step: int, sample_ids: Tensor | None, mask: Tensor | None, loss_divisor: float) -> None:
         for forward, output in enumerate(self.capture.outputs):
+            if not output.shape[0]:  # this rank's share of the batch is empty
+                continue
             self._check_logits(output)
             batch = self._micro_batch(self.statistics.micro_batches, output, mask, loss_divisor)
             ids = self._sample_ids(sample_ids, batch, output.device)
@@ -239,6 +241,8 @@ class Fisher:
                 return
             self._batches[index] = self._micro_batch(index, self.capture.outputs[index], None, 1.0)
         batch = self._batches[index]
+        if not batch.size:  # this rank's share of the batch is empty
+            return
         if index not in self._counted:
             self._counted.add(index)
             self.statistics.add_batch(batch)
