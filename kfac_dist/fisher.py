@@ -145,7 +145,8 @@ class Fisher:
         if mask is None:
             return MicroBatch(index, size, float(size), float(size * per_sample), None, float(loss_divisor))
         mask = mask.to(device=output.device, dtype=torch.bool)
-        shape = tuple(output.shape) if self._likelihood is None else self._likelihood.target_shape(output)
+        # Without a likelihood only the batch dimension is known to be one of the targets': classes may come next.
+        shape = (size, *mask.shape[1:]) if self._likelihood is None else self._likelihood.target_shape(output)
         if mask.dim() < 1 or tuple(mask.shape) != shape[: mask.dim()]:
             raise ValueError(f"mask of shape {tuple(mask.shape)} does not match targets of shape {shape}: give (B, ..)")
         valid = float(mask.flatten(1).any(1).sum() if mask.dim() > 1 else mask.sum())
