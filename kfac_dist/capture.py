@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,15 @@ from kfac_dist.layers import Layer
 class Call:
     """One call of one layer: its detached input, the edge of its output in the graph, and which forward it was part of.
 
-    ``forward`` counts the outputs recorded before this call, so that it is the index of the output it led to.
+    ``forward`` counts the outputs recorded before this call, so that it is the index of the output it led to;
+    ``number`` tells all calls apart.
     """
 
     layer: Layer
     x: Tensor
     edge: GradientEdge
     forward: int
+    number: int
 
 
 class Capture:
@@ -51,6 +54,7 @@ class Capture:
         self.outputs: list[Tensor] = []
         self.other_outputs: set[str] = set()
         self.layers_ran = False
+        self._numbers = count()
         self.recomputed: set[str] = set()
         self._on_gradient = on_gradient
         self._handles = [
@@ -76,7 +80,7 @@ class Capture:
                 return
             self.layers_ran = True
             x = args[0] if args else kwargs["input"]
-            call = Call(layer, x.detach(), gradient_edge(output), len(self.outputs))
+            call = Call(layer, x.detach(), gradient_edge(output), len(self.outputs), next(self._numbers))
             if self._on_gradient is None:
                 self.calls.append(call)
             else:

@@ -5,8 +5,13 @@ Martens and Grosse 2015, section 6.6 in spirit; the form with the learning rate 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from kfac_dist.layers import Layer
 
 
 def kl_clip_scale(kappa: float, products: Tensor, learning_rates: Tensor) -> Tensor:
@@ -22,3 +27,18 @@ def kl_clip_scale(kappa: float, products: Tensor, learning_rates: Tensor) -> Ten
     change = (products * learning_rates**2).sum()
     scale = (kappa / change).sqrt().clamp_max(1.0)
     return torch.where(change > 0, scale, torch.where(change.isnan(), change, torch.ones_like(change)))
+
+
+def learning_rates(layers: Sequence[Layer], lr: float | Optimizer, like: Tensor) -> Tensor:
+    """(layers,): one rate for all of them, or the rates of the groups that hold their weights.
+
+    Raises:
+        ValueError: the optimizer lacks a layer's weight.
+    """
+    if not isinstance(lr, Optimizer):
+        return torch.full((len(layers),), float(lr)).to(like)
+    rates = {id(p): float(group["lr"]) for group in lr.param_groups for p in group["params"]}
+    missing = [layer.name for layer in layers if id(layer.weight) not in rates]
+    if missing:
+        raise ValueError(f"the optimizer given as lr does not hold the weights of {', '.join(missing)}")
+    return torch.tensor([rates[id(layer.weight)] for layer in layers]).to(like)

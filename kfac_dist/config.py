@@ -96,6 +96,61 @@ class DistributionConfig:
         return cls(strategy="hybrid", gradient_worker_fraction=float(value))
 
 
+CORRECTIONS = ("error_minimizing", "additive", "deflated", "balanced")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseConfig:
+    """The coarse level (Koroko et al. 2023; Tselepidis et al. 2020).
+
+    Attributes:
+        space: name of the coarse space.
+        vectors_per_layer: k, for the spaces that take it.
+        correction: "error_minimizing" (Koroko et al.: the smallest error in the F-norm over zeta + V beta), "additive"
+            (Tselepidis et al.), "deflated" (A-DEF1) or "balanced" (BNN); None: "additive" for "tselepidis", whose
+            operator is an approximation, else "error_minimizing".
+        every_n_steps: steps between coarse solves. In between, spaces that contain zeta keep their coefficients and the
+            others make one-level steps.
+        max_samples: B_c, samples of the last curvature batch that are kept for the coarse level, over all ranks;
+            "auto": max(256, 4 m); None: all of them. Raw layer inputs and output gradients of these samples live
+            until the next curvature batch.
+        damping: lam_c, which takes the place of the fine damping everywhere in the coarse level; None: the fine
+            damping; a number; a function of the step; or "adaptive" (Levenberg-Marquardt).
+        initial_damping: where "adaptive" starts.
+        variant: "largest" or "smallest" for "spectral"; "nicolaides" or "residual" for "krylov".
+    """
+
+    space: str = "layer_step"
+    vectors_per_layer: int = 1
+    correction: str | None = None
+    every_n_steps: int = 1
+    max_samples: int | Literal["auto"] | None = "auto"
+    damping: Schedule | Literal["adaptive"] | None = None
+    initial_damping: float = 1.0
+    variant: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.space, str):
+            raise ValueError(f"coarse space {self.space!r} must be a name")
+        check_positive_int("vectors_per_layer", self.vectors_per_layer)
+        if self.correction is None:
+            object.__setattr__(self, "correction", "additive" if self.space == "tselepidis" else "error_minimizing")
+        check_choice("correction", self.correction, CORRECTIONS)
+        check_positive_int("coarse every_n_steps", self.every_n_steps)
+        if self.max_samples not in (None, "auto"):
+            check_positive_int("max_samples", self.max_samples)
+        if isinstance(self.damping, str):
+            check_choice("coarse damping", self.damping, ("adaptive",))
+        elif self.damping is not None and not callable(self.damping):
+            check_number("coarse damping", self.damping, 0.0, open_low=True)
+        check_number("initial_damping", self.initial_damping, 0.0, open_low=True)
+
+    @classmethod
+    def parse(cls, value: str | CoarseConfig | None) -> CoarseConfig | None:
+        """None, the name of a space, or a finished configuration."""
+        return cls(space=value) if isinstance(value, str) else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class KFACConfig:
     """Everything about the method that is not the model: see :class:`kfac_dist.KFACPreconditioner` for the meanings."""

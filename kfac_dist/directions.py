@@ -6,7 +6,7 @@ hold one member of every column.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -49,11 +49,15 @@ class DirectionExchange:
             preconditioner = states[name].preconditioner
             if preconditioner is not None:
                 directions[name] = preconditioner.apply(gradient, damping)
+        return self.share(directions, gradients)
+
+    def share(self, directions: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """What the ranks of this row hold together: the tensors of all ``names`` from those of this rank's layers."""
         if self._buffer is None:
-            return directions
+            return dict(directions)
         self._buffer.flat.zero_()
         for name, direction in directions.items():
             self._buffer[name].copy_(direction.reshape(-1))
         self._row.all_reduce(self._buffer.flat, phase="directions")
         # Clones: the buffer is used again at the next step, and callers may keep a direction.
-        return {name: self._buffer[name].view(self._shapes[name]).clone() for name in gradients}
+        return {name: self._buffer[name].view(self._shapes[name]).clone() for name in names}

@@ -18,6 +18,7 @@ from kfac_dist.config import KFACConfig
 from kfac_dist.draws import default_sample_ids, uniforms
 from kfac_dist.layers import Layer
 from kfac_dist.likelihoods import Likelihood, likelihoods
+from kfac_dist.samples import KeptBatch, Samples
 from kfac_dist.statistics import MicroBatch, Statistics
 
 
@@ -91,12 +92,16 @@ class Fisher:
         self.capture = Capture(layers, output, self._take_training_gradient if self._empirical else None)
         self._batches: dict[int, MicroBatch] = {}
         self._counted: set[int] = set()
+        self.samples: Samples | None = None
+        self._kept: dict[int, KeptBatch | None] = {}
         self._checked_scale = False
         self._scale_squared: list[tuple[Tensor, float]] = []
         self._sampled_squared: Tensor | None = None
 
-    def begin(self, active: bool) -> None:
-        """Forget the last window and record the next one, or not."""
+    def begin(self, active: bool, samples: Samples | None = None) -> None:
+        """Forget the last window and record the next one, or not; ``samples`` collects some for the coarse level."""
+        self.samples = samples
+        self._kept.clear()
         self.capture.clear()
         self.statistics.clear()
         self._batches.clear()
@@ -194,6 +199,7 @@ class Fisher:
                     if number == 0:
                         self.statistics.add_input(call.layer, call.x, call.layer.rows(g), batch)
                     self.statistics.add_output(call.layer, g, weight)
+                    self._keep(batch, call, g, weight**0.5)
             self.statistics.add_batch(batch)
             if watch:  # only now: a tensor hook would fire in the pass above as well
                 self._watch_training_scale(output, batch)
@@ -251,6 +257,19 @@ class Fisher:
         with torch.no_grad():
             self.statistics.add_input(call.layer, call.x, call.layer.rows(gradient), batch)
             self.statistics.add_output(call.layer, gradient, 1.0, scale)
+            self._keep(batch, call, gradient, scale)
+
+    # -- for the coarse level -------------------------------------------------------------------------------------
+
+    def _keep(self, batch: MicroBatch, call: Call, g: Tensor, weight: float) -> None:
+        """Keep the call's input and this draw of its gradient, if the sample quota reaches so far."""
+        if self.samples is None:
+            return
+        if batch.index not in self._kept:
+            self._kept[batch.index] = self.samples.begin(batch.size, batch.mask)
+        kept = self._kept[batch.index]
+        if kept is not None:
+            self.samples.keep(kept, batch.size, call.number, call.layer, call.x, g, weight)
 
     # -- do the two losses agree in scale? ------------------------------------------------------------------------
 

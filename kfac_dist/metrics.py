@@ -6,11 +6,14 @@ Keys are slash-separated, such as "ms/precondition" or "bytes/factors".
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+MetricValue = float | Tensor | Callable[[], float]
+"""A number, one that lives on a device, or one that is computed when it is read."""
 
 
 class PhaseTimer:
@@ -52,10 +55,10 @@ class Metrics(Mapping[str, float]):
     """Name -> number of the last step. Reading a value that lives on a device synchronises with it."""
 
     def __init__(self) -> None:
-        self._values: dict[str, float | Tensor] = {}
+        self._values: dict[str, MetricValue] = {}
         self._timer: PhaseTimer | None = None
 
-    def replace(self, values: Mapping[str, float | Tensor], timer: PhaseTimer) -> None:
+    def replace(self, values: Mapping[str, MetricValue], timer: PhaseTimer) -> None:
         """Set the numbers of a new step."""
         self._values = dict(values)
         self._timer = timer
@@ -66,7 +69,8 @@ class Metrics(Mapping[str, float]):
 
     def __getitem__(self, name: str) -> float:
         if name in self._values:
-            return float(self._values[name])
+            value = self._values[name]
+            return float(value() if callable(value) else value)
         return self._milliseconds()[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,19 +10,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac_dist.assignment import LayerCost, Side, assign, nearest_divisor
-from kfac_dist.clip import kl_clip_scale
+from kfac_dist.assignment import Assignment
+from kfac_dist.checkpoint import load, save
+from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_communicator
 from kfac_dist.compat import unwrap
-from kfac_dist.config import DistributionConfig, KFACConfig, Schedule, evaluate
-from kfac_dist.curvature import Health, InverseExchange, Reduced, reduce_statistics
-from kfac_dist.directions import DirectionExchange
-from kfac_dist.factors import statistics_dtype
+from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, evaluate
+from kfac_dist.fine import Fine
 from kfac_dist.fisher import Fisher
 from kfac_dist.layers import Layer, find_layers
-from kfac_dist.metrics import Metrics, PhaseTimer
-from kfac_dist.replicas import average_gradients, check_replicas, norm
-from kfac_dist.state import STATE_VERSION, LayerState, layer_state_from_dict
+from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
+from kfac_dist.one_level import OneLevel
+from kfac_dist.rate_free import check_rate_free
+from kfac_dist.replicas import average_gradients
+from kfac_dist.samples import Samples
+from kfac_dist.trust import INTERVAL, adapted
+from kfac_dist.two_level import Correction, TwoLevel
+from kfac_dist.update import Update, reduction_ratio, write_directions
 
 
 class KFACPreconditioner:
@@ -53,6 +56,7 @@ class KFACPreconditioner:
             divided by the loss's scale first, so the same settings serve every form. "sum" takes ``param.grad`` as
             DDP leaves it, averaged over the ranks.
         skip_layers: regular expressions on module and class names.
+        coarse: None: one level; the name of a coarse space, or a CoarseConfig.
         distribution: "comm_opt", "mem_opt", a gradient-worker fraction or a DistributionConfig.
         process_group: None: the default group where torch.distributed is initialised, else one process.
         seed: of the sampled targets.
@@ -78,6 +82,7 @@ class KFACPreconditioner:
         kl_clip: float | None = None,
         loss_reduction: str | float = "mean",
         skip_layers: Sequence[str] = (),
+        coarse: str | CoarseConfig | None = None,
         distribution: str | float | DistributionConfig = "comm_opt",
         process_group: Any = None,
         seed: int = 0,
@@ -103,56 +108,37 @@ class KFACPreconditioner:
             skip_layers=(skip_layers,) if isinstance(skip_layers, str) else tuple(skip_layers),
             seed=seed,
         )
+        self.coarse = CoarseConfig.parse(coarse)
         self.distribution = DistributionConfig.parse(distribution)
         self.model = unwrap(model)
-        self.layers, self._refused = find_layers(self.model, self.config.skip_layers)
-        _check_layers(self.model, self.layers, self._refused)
-        self._states = {layer.name: LayerState() for layer in self.layers}
-        self._dtype = torch.float32
-        for layer in self.layers:
-            self._dtype = torch.promote_types(self._dtype, statistics_dtype(layer.weight.dtype))
-        self._device = self.layers[0].device
+        self.layers, refused = find_layers(self.model, self.config.skip_layers)
+        _check_layers(self.model, self.layers, refused)
+        space = None if self.coarse is None else coarse_spaces[self.coarse.space](self.coarse)
+        if space is not None and space.needs_output_factor and factor_sides == "input":
+            raise ValueError(
+                f"coarse={self.coarse.space!r} is made of both factors, and factor_sides='input' keeps only A: use "  # type: ignore[union-attr]
+                "factor_sides='both' or another space"
+            )
         self._world = make_communicator(self.distribution.backend, process_group, self.distribution.timeout)
-        self._distribute()
+        self._one = OneLevel(
+            self.layers, self.config, self.distribution, self._world, eigen=space is not None and space.uses_eigenbases
+        )
+        self._two = None if self.coarse is None else TwoLevel(self.coarse, self._world)
         self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
+        self._samples: Samples | None = None
         self._step = 0
-        self._loss_scale = 1.0
-        self._rebuild = False
         self._warned: set[str] = set()
-        self._counts = dict.fromkeys(("factor_updates", "inverse_updates", "dropped_statistics", "failed_ranks"), 0)
-        self._counts["inverse_fallbacks"] = 0
-        self._own_fallbacks = 0
-        self._timer = PhaseTimer(self._device)
+        self._timer = PhaseTimer(self._one.device)
         self.metrics = Metrics()
-        self._fisher.begin(self._factors_due())
-        if self._refused:
-            named = "; ".join(f"{name} ({reason})" for name, reason in self._refused.items())
+        self._begin()
+        if refused:
+            named = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
             self._warn_once("refused", f"these modules keep their plain gradient: {named}")
 
-    # -- construction ---------------------------------------------------------------------------------------------
-
     @property
-    def _sides(self) -> tuple[Side, ...]:
-        return ("A", "G") if self.config.factor_sides == "both" else ("A",)
-
-    def _distribute(self) -> None:
-        """Decide who inverts and who preconditions, and make the communicators of this rank's column and row."""
-        config, world = self.config, self._world
-        fraction = {"comm_opt": 1.0, "mem_opt": 1.0 / world.size}.get(
-            self.distribution.strategy, self.distribution.gradient_worker_fraction
-        )
-        workers = nearest_divisor(world.size, fraction if fraction is not None else 1.0)
-        costs = [LayerCost(layer.name, layer.input_dim, layer.output_dim, layer.groups) for layer in self.layers]
-        self.assignment = assign(costs, world.size, workers, config.inverse_every_n_steps, config.factor_sides)
-        column = world.split(self.assignment.columns)
-        row = world.split(self.assignment.rows)
-        # A constant damping can stand inside the inverses: half the products per step. One that changes acts at use.
-        factored = config.damping_method == "factored"
-        eigen = (not factored and config.factor_sides == "both") or callable(config.damping)
-        self._inverses = InverseExchange(
-            self.layers, self._sides, self.assignment, world.rank, column, eigen=eigen, factored=factored
-        )
-        self._exchange = DirectionExchange(self.layers, self.assignment, world.rank, row, self._dtype)
+    def assignment(self) -> Assignment:
+        """Which rank inverts which factor, and which ranks precondition which layer."""
+        return self._one.assignment
 
     # -- the training loop's calls --------------------------------------------------------------------------------
 
@@ -188,150 +174,144 @@ class KFACPreconditioner:
         """Rewrite ``param.grad`` in place; every rank calls it, also one that saw no data.
 
         Args:
-            lr: the outer optimizer, whose group rates enter per layer, or a number; only the KL clip uses it.
+            lr: the outer optimizer, whose group rates enter per layer, or a number; for the KL clip and the adaptive
+                damping.
             grad_scale: what a gradient scaler multiplied the LOSS by; the gradients themselves have to be unscaled.
-            closure: returns the loss on the same batch; for adaptive damping.
+            closure: returns the loss on the same batch; adaptive damping calls it twice every five steps, without
+                gradients, with the model's parameters, buffers and the random streams left as they were.
 
         Raises:
             RuntimeError: no statistics were accumulated on a factor step, or replicas drifted apart.
+            ValueError: adaptive damping without a closure; an optimizer that lacks a covered parameter, or that does
+                not fit the learning-rate-free mode.
             kfac_dist.comm.CommunicationError: a collective failed; the message names the phase.
         """
+        self._check_step(lr, closure)
         self._world.traffic.clear()
-        values: dict[str, float | Tensor] = {}
+        one, values = self._one, dict[str, MetricValue]()
         with torch.no_grad():
             if self.distribution.average_gradients:
                 with self._timer("gradients"):
                     average_gradients([p for p in self.model.parameters() if p.requires_grad], self._world)
-            if self._factors_due():
-                with self._timer("factors"):
-                    self._update_factors(grad_scale)
+            with self._timer("factors"):
+                self._take_statistics(grad_scale)
             damping = evaluate("damping", self.config.damping, self._step)
-            if self._inverses_due():
+            if one.inverses_due(self._step):
                 with self._timer("inverses"):
-                    self._update_inverses(damping)
+                    one.update_inverses(damping)
             with self._timer("precondition"):
-                gradients = self._gradients()
-                directions = self._exchange.precondition(gradients, self._states, damping)
-            with self._timer("write"):
-                values |= self._write(gradients, directions, lr)
+                gradients = one.gradients()
+                directions = one.precondition(gradients, damping)
+            with self._timer("coarse"):
+                correction = self._correct(gradients, directions, damping)
+            if directions:
+                with self._timer("write"):
+                    update = write_directions(
+                        self._active(directions), gradients, directions, correction, self.config, lr
+                    )
+                    values |= update.metrics(gradients)
+                if self._two is not None:
+                    with self._timer("coarse"):
+                        values |= self._learn(update, gradients, damping, closure)
         self._finish(values | {"damping": damping})
 
     # -- the stages of the step -----------------------------------------------------------------------------------
 
-    def _factors_due(self) -> bool:
-        never = all(state.updates == 0 for state in self._states.values())
-        return never or self._step % self.config.factor_every_n_steps == 0
+    def _begin(self) -> None:
+        """Open the next accumulation window: capture where factors are due, or samples are missing."""
+        due = self._one.factors_due(self._step)
+        samples = None
+        if self._two is not None and (due or self._samples is None):
+            samples = Samples(self._two.quota(len(self.layers)))
+        self._fisher.begin(due or samples is not None, samples)
 
-    def _inverses_due(self) -> bool:
-        missing = any(state.updates and state.inverted is None for state in self._states.values())
-        return missing or self._rebuild or self._step % self.config.inverse_every_n_steps == 0
+    def _take_statistics(self, grad_scale: float) -> None:
+        """The window's sums into the factors, and its samples to the coarse level."""
+        empirical = self.config.likelihood == "empirical"  # a sampled pass does not see the scaler
+        if self._one.factors_due(self._step):
+            if empirical:
+                self._fisher.statistics.rescale_outputs(grad_scale**-2)
+            self._fisher.check_training_scale(grad_scale)
+            if not self._one.update_factors(self._fisher.statistics):
+                return
+            self._warn_of_silent_layers()
+        if self._fisher.samples is not None:
+            if empirical:
+                self._fisher.samples.rescale(1.0 / grad_scale)
+            self._samples = self._fisher.samples
 
-    def _update_factors(self, grad_scale: float) -> None:
-        """Sums and counts of all ranks -> this window's factors -> the moving average."""
-        statistics = self._fisher.statistics
-        if self.config.likelihood == "empirical":  # a sampled pass does not see the scaler
-            statistics.rescale_outputs(grad_scale**-2)
-        self._fisher.check_training_scale(grad_scale)
-        gradient_norm = norm([p.grad for layer in self.layers for p in layer.parameters if p.grad is not None])
-        health = Health(
-            statistics=statistics.finite(),
-            gradients=gradient_norm < float("inf"),
-            fallbacks=self._own_fallbacks,
-            checksums=(gradient_norm, norm([p for layer in self.layers for p in layer.parameters])),
+    def _correct(
+        self, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], damping: float
+    ) -> Correction | None:
+        """The coarse correction of this step, if there is one."""
+        if self._two is None or self._samples is None or not directions:
+            return None
+        lam = self._two.damping(self._step, damping)
+        one = self._one
+        fine = Fine(
+            gradients, directions, one.states, self._samples, one.exchange, one.assignment, self._world, damping, lam
         )
-        reduced = reduce_statistics(self.layers, self._sides, statistics, health, self._world, self._dtype)
-        self._own_fallbacks = 0
-        self._counts["inverse_fallbacks"] += reduced.fallbacks
-        self._counts["failed_ranks"] += reduced.failed_ranks
-        if reduced.bad_gradient_ranks or (reduced.failed_ranks and not reduced.samples):
-            self._counts["dropped_statistics"] += 1
-            return
-        check_replicas(reduced.checksums, self.distribution.average_gradients)
-        if not reduced.samples:
-            raise RuntimeError(
-                "no rank accumulated a sample on this factor step: call kfac.accumulate() after every forward and "
-                "before loss.backward(), with the model in training and gradients enabled"
+        return self._two.correct(fine, self._samples, lam, self._step)
+
+    def _learn(
+        self,
+        update: Update,
+        gradients: Mapping[str, Tensor],
+        damping: float,
+        closure: Callable[[], Tensor] | None,
+    ) -> dict[str, MetricValue]:
+        """After the update is known: the momentum for the next step, and the adaptive damping."""
+        two = self._two
+        assert two is not None  # the caller asks
+        if two.space.uses_momentum:
+            finite = bool(torch.isfinite(update.products.sum() * update.scale))
+            two.remember(update.directions, update.scale, update.corrected, finite)
+        lam = two.damping(self._step, damping)
+        values: dict[str, MetricValue] = {"coarse/damping": lam, "coarse/failures": two.failures, **two.report}
+        if two.adaptive and (self._step + 1) % INTERVAL == 0 and self._samples is not None and closure is not None:
+            ratio = reduction_ratio(
+                self.model, update, gradients, self._samples, self._world, lam, self._one.loss_scale, closure
             )
-        self._counts["factor_updates"] += 1
-        self._loss_scale = self._scale_of_loss(reduced)
-        for name, factors in reduced.factors.items():
-            self._states[name].update(factors, self.config.factor_decay)
-        self._warn_of_silent_layers()
-
-    def _scale_of_loss(self, reduced: Reduced) -> float:
-        """c, where the training loss is c times the mean over samples of the negative log-likelihood."""
-        reduction = self.config.loss_reduction
-        if reduction == "mean":
-            return 1.0
-        if reduction == "sum":
-            return reduced.samples / self._world.size
-        if reduction == "mean_all":
-            return reduced.samples / reduced.elements
-        return float(reduction)
-
-    def _update_inverses(self, damping: float) -> None:
-        if not self._rebuild:
-            self._counts["inverse_updates"] += 1
-            for state in self._states.values():
-                state.inverted = state.factors
-        outcomes = self._inverses.refresh(self._states, damping, self._dtype)
-        self._own_fallbacks += sum(bool(outcome) for outcome in outcomes)
-        self._rebuild = False
-
-    def _gradients(self) -> dict[str, Tensor]:
-        """Layer -> gradient matrix in units of the mean loss, for the layers that can be preconditioned now."""
-        gradients: dict[str, Tensor] = {}
-        for layer in self.layers:
-            gradient = layer.gradient() if self._states[layer.name].inverted is not None else None
-            if gradient is not None:
-                gradient = gradient.to(self._dtype)
-                gradients[layer.name] = gradient if self._loss_scale == 1.0 else gradient / self._loss_scale
-        return gradients
-
-    def _write(
-        self, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], lr: float | Optimizer | None
-    ) -> dict[str, float | Tensor]:
-        """Clip, and overwrite ``param.grad``; returns the numbers for the metrics."""
-        if not directions:
-            return {}
-        active = [layer for layer in self.layers if layer.name in directions]
-        pairs = [(directions[layer.name], gradients[layer.name]) for layer in active]
-        products = torch.stack([torch.sum(zeta * gradient) for zeta, gradient in pairs])
-        values: dict[str, float | Tensor] = {"direction_dot_gradient": products.sum()}
-        scale: Tensor | float = 1.0
-        if self.config.kl_clip is not None:
-            scale = kl_clip_scale(self.config.kl_clip, products, self._learning_rates(active, lr).to(products))
-        for layer in active:
-            zeta = directions[layer.name]
-            layer.write_gradient(zeta if isinstance(scale, float) else zeta * scale)
-        values["kl_clip_scale"] = scale
-        values["grad_norm"] = torch.stack([gradient.norm() for _, gradient in pairs]).norm()
-        values["direction_norm"] = torch.stack([zeta.norm() for zeta, _ in pairs]).norm() * scale
+            two.adaptive_damping = adapted(two.adaptive_damping, ratio)
+            values["coarse/reduction_ratio"] = ratio
         return values
 
-    def _learning_rates(self, layers: Sequence[Layer], lr: float | Optimizer | None) -> Tensor:
-        if lr is None:
-            self._warn_once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
-            lr = 1.0
-        if not isinstance(lr, Optimizer):
-            return torch.full((len(layers),), float(lr))
-        rates = {id(p): float(group["lr"]) for group in lr.param_groups for p in group["params"]}
-        missing = [layer.name for layer in layers if id(layer.weight) not in rates]
-        if missing:
-            raise ValueError(f"the optimizer given as lr does not hold the weights of {', '.join(missing)}")
-        return torch.tensor([rates[id(layer.weight)] for layer in layers])
+    def _active(self, directions: Mapping[str, Tensor]) -> list[Layer]:
+        return [layer for layer in self.layers if layer.name in directions]
 
-    def _finish(self, values: dict[str, float | Tensor]) -> None:
-        values |= {"step": self._step, "loss_scale": self._loss_scale, **self._counts}
+    def _finish(self, values: dict[str, MetricValue]) -> None:
+        values |= {"step": self._step, "loss_scale": self._one.loss_scale, **self._one.counts}
         for phase, count in self._world.traffic.collectives.items():
             values[f"collectives/{phase}"] = count
             values[f"bytes/{phase}"] = self._world.traffic.payload_bytes[phase]
         self.metrics.replace(values, self._timer)
-        self._timer = PhaseTimer(self._device)
+        self._timer = PhaseTimer(self._one.device)
         self._step += 1
-        self._fisher.begin(self._factors_due())
+        self._begin()
 
-    # -- warnings -------------------------------------------------------------------------------------------------
+    # -- checks and warnings --------------------------------------------------------------------------------------
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Check that the outer optimizer fits the coarse space; :meth:`step` does it once, with the optimizer as lr.
+
+        Raises:
+            ValueError: in the learning-rate-free mode, an uncovered parameter would be trained with lr = 1.
+        """
+        if self._two is not None and self._two.space.uses_momentum:
+            covered = [parameter for layer in self.layers for parameter in layer.parameters]
+            check_rate_free(optimizer, covered, self._two.config.space)
+
+    def _check_step(self, lr: float | Optimizer | None, closure: Callable[[], Tensor] | None) -> None:
+        if isinstance(lr, Optimizer) and "optimizer" not in self._warned:
+            self._warned.add("optimizer")
+            self.check_optimizer(lr)
+        if self.config.kl_clip is not None and lr is None:
+            self._warn_once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
+        if self._two is not None and self._two.adaptive and closure is None:
+            raise ValueError(
+                'coarse damping="adaptive" compares the loss before and after an update: pass '
+                "kfac.step(closure=lambda: loss of the same batch), or choose a number"
+            )
 
     def _warn_once(self, key: str, message: str) -> None:
         if key not in self._warned:
@@ -340,7 +320,7 @@ class KFACPreconditioner:
                 warnings.warn(message, stacklevel=3)
 
     def _warn_of_silent_layers(self) -> None:
-        silent = [name for name, state in self._states.items() if state.updates == 0]
+        silent = [name for name, state in self._one.states.items() if state.updates == 0]
         if silent:
             reentrant = any(name in self._fisher.capture.recomputed for name in silent)
             cause = (
@@ -371,53 +351,24 @@ class KFACPreconditioner:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size."""
-        config = {
-            field.name: value
-            if isinstance(value := getattr(self.config, field.name), (int, float, str))
-            else repr(value)
-            for field in dataclasses.fields(self.config)
-        }
-        return {
-            "version": STATE_VERSION,
-            "step": self._step,
-            "loss_scale": self._loss_scale,
-            "counts": dict(self._counts),
-            "config": config,
-            "layers": {name: state.to_dict() for name, state in self._states.items()},
-        }
+        return save(self._step, self._one, self._two)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; inverses are rebuilt at the next step, by whichever rank owns them now.
 
+        With a coarse level the next step captures samples anew.
+
         Raises:
             ValueError: another version, other layers or other shapes; nothing is taken over then.
         """
-        version = state.get("version")
-        if version != STATE_VERSION:
-            raise ValueError(f"K-FAC state of version {version!r}; this release reads version {STATE_VERSION}")
-        saved, mine = set(state["layers"]), set(self._states)
-        if saved != mine:
-            raise ValueError(
-                f"K-FAC state of other layers: only in the checkpoint {sorted(saved - mine)}, only in the model "
-                f"{sorted(mine - saved)}; load it into the model it was saved from, with the same skip_layers"
-            )
-        states: dict[str, LayerState] = {}
-        for layer in self.layers:
-            shapes = {"A": (layer.groups, layer.input_dim, layer.input_dim)}
-            if "G" in self._sides:
-                shapes["G"] = (layer.groups, layer.output_dim, layer.output_dim)
-            part = state["layers"][layer.name]
-            states[layer.name] = layer_state_from_dict(layer.name, part, shapes, self._dtype, self._device)
-        self._states = states
-        self._step = int(state["step"])
-        self._loss_scale = float(state["loss_scale"])
-        self._counts |= {key: int(value) for key, value in state["counts"].items() if key in self._counts}
-        self._rebuild = any(part.inverted is not None for part in states.values())
-        self._fisher.begin(self._factors_due())
+        self._step = load(state, self._one, self._two)
+        self._samples = None
+        self._begin()
 
     def close(self) -> None:
         """Remove every hook and give back what was made; idempotent."""
         self._fisher.capture.close()
+        self._samples = None
         self._world.close()
 
 

@@ -98,10 +98,14 @@ class Layer(ABC):
         return torch.cat([matrix, bias.reshape(self.groups, self.output_dim, 1)], dim=-1)
 
     def from_matrix(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inverse of :meth:`to_matrix`: views or copies shaped like the parameters."""
+        """The inverse of :meth:`to_matrix`: views or copies shaped like the parameters.
+
+        ``theta`` may have any number of rows per group; the first dimension of the weight follows it.
+        """
+        shape = (-1, *self.weight.shape[1:])
         if not self.has_bias:
-            return theta.reshape(self.weight.shape), None
-        return theta[..., :-1].reshape(self.weight.shape), theta[..., -1].reshape(-1)
+            return theta.reshape(shape), None
+        return theta[..., :-1].reshape(shape), theta[..., -1].reshape(-1)
 
     def gradient(self) -> Tensor | None:
         """The matrix of ``param.grad``; None where a gradient is missing. May share the gradient's memory."""

@@ -1,0 +1,168 @@
+"""The fine level: factors and inverses of every layer, spread over the ranks on KAISA's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kfac_dist.assignment import LayerCost, Side, assign, nearest_divisor
+from kfac_dist.comm import Communicator
+from kfac_dist.config import DistributionConfig, KFACConfig
+from kfac_dist.curvature import Health, InverseExchange, Reduced, reduce_statistics
+from kfac_dist.directions import DirectionExchange
+from kfac_dist.factors import statistics_dtype
+from kfac_dist.layers import Layer
+from kfac_dist.replicas import check_replicas, norm
+from kfac_dist.state import LayerState
+from kfac_dist.statistics import Statistics
+
+
+class OneLevel:
+    """Block-diagonal K-FAC: statistics in, preconditioned gradients out.
+
+    Args:
+        layers: the layers that are preconditioned.
+        config: the method.
+        distribution: how the work is spread.
+        world: the communicator of all ranks.
+        eigen: hold eigendecompositions in any case (a coarse space asks for them).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        config: KFACConfig,
+        distribution: DistributionConfig,
+        world: Communicator,
+        *,
+        eigen: bool = False,
+    ) -> None:
+        self.layers = layers
+        self.config = config
+        self.world = world
+        self.device = layers[0].device
+        self.dtype = torch.float32
+        for layer in layers:
+            self.dtype = torch.promote_types(self.dtype, statistics_dtype(layer.weight.dtype))
+        self.states = {layer.name: LayerState() for layer in layers}
+        self.loss_scale = 1.0
+        self.rebuild = False
+        self.counts = dict.fromkeys(
+            ("factor_updates", "inverse_updates", "dropped_statistics", "failed_ranks", "inverse_fallbacks"), 0
+        )
+        self._own_fallbacks = 0
+        self._average_gradients = distribution.average_gradients
+        self._distribute(distribution, eigen)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """The factors that are kept."""
+        return ("A", "G") if self.config.factor_sides == "both" else ("A",)
+
+    def factor_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Side -> shape of the layer's factor."""
+        orders = {"A": layer.input_dim, "G": layer.output_dim}
+        return {side: (layer.groups, orders[side], orders[side]) for side in self.sides}
+
+    def _distribute(self, distribution: DistributionConfig, eigen: bool) -> None:
+        """Decide who inverts and who preconditions, and make the communicators of this rank's column and row."""
+        config, world = self.config, self.world
+        fractions = {"comm_opt": 1.0, "mem_opt": 1.0 / world.size, "hybrid": distribution.gradient_worker_fraction}
+        workers = nearest_divisor(world.size, fractions[distribution.strategy] or 1.0)
+        costs = [LayerCost(layer.name, layer.input_dim, layer.output_dim, layer.groups) for layer in self.layers]
+        self.assignment = assign(costs, world.size, workers, config.inverse_every_n_steps, config.factor_sides)
+        column = world.split(self.assignment.columns)
+        row = world.split(self.assignment.rows)
+        # A constant damping can stand inside the inverses: half the products per step. One that changes acts at use.
+        factored = config.damping_method == "factored"
+        eigen = eigen or (not factored and config.factor_sides == "both") or callable(config.damping)
+        self._inverses = InverseExchange(
+            self.layers, self.sides, self.assignment, world.rank, column, eigen=eigen, factored=factored
+        )
+        self.exchange = DirectionExchange(self.layers, self.assignment, world.rank, row, self.dtype)
+
+    # -- factors --------------------------------------------------------------------------------------------------
+
+    def factors_due(self, step: int) -> bool:
+        """Every n steps, and at every step until there is a first update."""
+        never = all(state.updates == 0 for state in self.states.values())
+        return never or step % self.config.factor_every_n_steps == 0
+
+    def update_factors(self, statistics: Statistics) -> bool:
+        """Sums and counts of all ranks -> this window's factors -> the moving average; False where it was dropped.
+
+        Raises:
+            RuntimeError: no rank has samples, or the replicas drifted apart.
+        """
+        parameters = [p for layer in self.layers for p in layer.parameters]
+        gradient_norm = norm([p.grad for p in parameters if p.grad is not None])
+        health = Health(
+            statistics=statistics.finite(),
+            gradients=gradient_norm < float("inf"),
+            fallbacks=self._own_fallbacks,
+            checksums=(gradient_norm, norm(parameters)),
+        )
+        reduced = reduce_statistics(self.layers, self.sides, statistics, health, self.world, self.dtype)
+        self._own_fallbacks = 0
+        self.counts["inverse_fallbacks"] += reduced.fallbacks
+        self.counts["failed_ranks"] += reduced.failed_ranks
+        if reduced.bad_gradient_ranks or (reduced.failed_ranks and not reduced.samples):
+            self.counts["dropped_statistics"] += 1
+            return False
+        check_replicas(reduced.checksums, self._average_gradients)
+        if not reduced.samples:
+            raise RuntimeError(
+                "no rank accumulated a sample on this factor step: call kfac.accumulate() after every forward and "
+                "before loss.backward(), with the model in training and gradients enabled"
+            )
+        self.counts["factor_updates"] += 1
+        self.loss_scale = self._scale_of_loss(reduced)
+        for name, factors in reduced.factors.items():
+            self.states[name].update(factors, self.config.factor_decay)
+        return True
+
+    def _scale_of_loss(self, reduced: Reduced) -> float:
+        """c, where the training loss is c times the mean over samples of the negative log-likelihood."""
+        reduction = self.config.loss_reduction
+        if reduction == "mean":
+            return 1.0
+        if reduction == "sum":
+            return reduced.samples / self.world.size
+        if reduction == "mean_all":
+            return reduced.samples / reduced.elements
+        return float(reduction)
+
+    # -- inverses -------------------------------------------------------------------------------------------------
+
+    def inverses_due(self, step: int) -> bool:
+        """Every n steps, and as soon as a layer has its first factors or a state was loaded."""
+        missing = any(state.updates and state.inverted is None for state in self.states.values())
+        return missing or self.rebuild or step % self.config.inverse_every_n_steps == 0
+
+    def update_inverses(self, damping: float) -> None:
+        """Invert the current factors, or after loading those of the last inversion."""
+        if not self.rebuild:
+            self.counts["inverse_updates"] += 1
+            for state in self.states.values():
+                state.inverted = state.factors
+        outcomes = self._inverses.refresh(self.states, damping, self.dtype)
+        self._own_fallbacks += sum(bool(outcome) for outcome in outcomes)
+        self.rebuild = False
+
+    # -- directions -----------------------------------------------------------------------------------------------
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Layer -> gradient matrix in units of the mean loss, for the layers that can be preconditioned now."""
+        gradients: dict[str, Tensor] = {}
+        for layer in self.layers:
+            gradient = layer.gradient() if self.states[layer.name].inverted is not None else None
+            if gradient is not None:
+                gradient = gradient.to(self.dtype)
+                gradients[layer.name] = gradient if self.loss_scale == 1.0 else gradient / self.loss_scale
+        return gradients
+
+    def precondition(self, gradients: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """Layer -> zeta, on every rank."""
+        return self.exchange.precondition(gradients, self.states, damping)

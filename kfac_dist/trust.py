@@ -1,0 +1,68 @@
+"""Levenberg-Marquardt: a damping that follows how well the quadratic model predicts the loss.
+
+Martens and Grosse 2015, section 6.5, with omega = (19/20)^5 every 5 steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+INTERVAL = 5
+OMEGA = 0.95**INTERVAL
+LOWEST, HIGHEST = 1e-12, 1e12
+
+
+def adapted(damping: float, ratio: float) -> float:
+    """The damping after a step whose true decrease was ``ratio`` times the predicted one.
+
+    Above 3/4 the model is trusted more; below 1/4, or where the ratio is not finite, less.
+    """
+    if not math.isfinite(ratio) or ratio < 0.25:
+        damping /= OMEGA
+    elif ratio > 0.75:
+        damping *= OMEGA
+    return min(max(damping, LOWEST), HIGHEST)
+
+
+@contextmanager
+def unchanged(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Leave the model's buffers, the given parameters and the random streams bitwise as they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in [*buffers, *saved]:
+                tensor.copy_(value)
+
+
+def trial_losses(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    updates: Sequence[Tensor],
+    closure: Callable[[], Tensor | float],
+) -> tuple[float, float]:
+    """The loss on the same batch before the update and after it, with the same random numbers.
+
+    Args:
+        model: its buffers are restored.
+        parameters: what the update changes.
+        updates: what is SUBTRACTED from each of them, in its shape.
+        closure: returns the loss of the batch; it is called twice, without gradients.
+    """
+    losses = []
+    for moved in (False, True):
+        with unchanged(model, parameters):
+            if moved:
+                for parameter, update in zip(parameters, updates, strict=True):
+                    parameter.sub_(update.to(parameter.dtype))
+            losses.append(float(closure()))
+    return losses[0], losses[1]

@@ -1,0 +1,349 @@
+"""The coarse level: restrict, reduce, solve on rank 0, broadcast, prolong (Koroko et al. 2023, section 3).
+
+Words per solve, m = dimension of the space: in, m (m + 1) / 2 + m + 1 (the operator's moment, Y w, the sample count;
+one more, w w, for a space without zeta); out, m + 1 (status, beta). Everything is a sum over samples, so the result does
+not depend on how they lie on the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac_dist.basis import Basis
+from kfac_dist.coarse import CoarseSpace, coarse_spaces
+from kfac_dist.coarse_solver import CoarseOperator, Status, factorise
+from kfac_dist.comm import Communicator
+from kfac_dist.config import CoarseConfig, evaluate
+from kfac_dist.fine import Fine
+from kfac_dist.samples import Samples
+
+DEFAULT_SAMPLES = 256
+
+
+@dataclass
+class Correction:
+    """zeta_2 = base + V t, kept apart until the clip is known.
+
+    Attributes:
+        basis: the raw vectors V.
+        coefficients: t (n, k), float64 on the device.
+        base: what the prolonged coefficients are added to; None: nothing.
+        solved: whether the coarse solve succeeded; otherwise this is the one-level direction.
+    """
+
+    basis: Basis
+    coefficients: Tensor
+    base: Mapping[str, Tensor] | None
+    solved: bool
+
+    def products(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """<zeta_2, grad> per layer, (layers,), without forming zeta_2."""
+        rows = self.basis.dots_by_layer(gradients)
+        t = self.coefficients.expand(len(self.basis.names), -1) if self.basis.spans_network else self.coefficients
+        result = (rows * t).sum(1)
+        if self.base is not None:
+            result = result + torch.stack([(self.base[n] * gradients[n]).sum().double() for n in self.basis.names])
+        return result
+
+    def direction(self) -> dict[str, Tensor]:
+        """zeta_2, layer by layer."""
+        prolonged = self.basis.prolong(self.coefficients)
+        if self.base is None:
+            return prolonged
+        return {name: self.base[name] + part for name, part in prolonged.items()}
+
+
+class TwoLevel:
+    """The coarse level of one preconditioner.
+
+    Args:
+        config: the coarse level's configuration.
+        communicator: its channel; rank 0 solves.
+    """
+
+    def __init__(self, config: CoarseConfig, communicator: Communicator) -> None:
+        self.config = config
+        self.space: CoarseSpace = coarse_spaces[config.space](config)
+        self.failures = 0
+        self.solves = 0
+        self.momentum: dict[str, Tensor] | None = None
+        self.report: dict[str, float] = {}
+        self._communicator = communicator
+        self.adaptive_damping = config.initial_damping
+        self._kept: Tensor | None = None  # coefficients of the last solve, for the steps in between
+        self._rows: tuple[Samples, Tensor] | None = None  # U^T V of the momentum, while the samples stay
+
+    # -- settings -------------------------------------------------------------------------------------------------
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether lam_c follows the Levenberg-Marquardt rule."""
+        return self.config.damping == "adaptive"
+
+    def damping(self, step: int, fine_damping: float) -> float:
+        """lam_c of this step."""
+        if self.config.damping is None:
+            return fine_damping
+        if isinstance(self.config.damping, str):
+            return self.adaptive_damping
+        return evaluate("coarse damping", self.config.damping, step)
+
+    def quota(self, layers: int) -> int | None:
+        """How many samples this rank keeps; None: all of them."""
+        total = self.config.max_samples
+        if total is None:
+            return None
+        if total == "auto":
+            blocks = 1 if self.space.spans_network else layers
+            total = max(DEFAULT_SAMPLES, 4 * blocks * self.space.count)
+        rank, size = self._communicator.rank, self._communicator.size
+        return int(total) // size + (rank < int(total) % size)
+
+    # -- one correction -------------------------------------------------------------------------------------------
+
+    def correct(self, fine: Fine, samples: Samples, damping: float, step: int) -> Correction | None:
+        """The corrected direction of this step; None on a step without one (a one-level step).
+
+        Args:
+            fine: this step's gradients, directions and products.
+            samples: the kept samples of the last curvature batch, on this rank.
+            damping: lam_c.
+            step: counted from 0.
+        """
+        due = step % self.config.every_n_steps == 0 or self._kept is None
+        fine.momentum = self.momentum if self.space.uses_momentum else None
+        if not due and self._galerkin(1) is None:
+            return None
+        basis = Basis(self.space.vectors(fine), self.space.spans_network)
+        if not due and self._kept is not None and self._kept.shape == basis.coefficients.shape[:2]:
+            self._rows = None
+            return Correction(basis, self._kept, None, True)
+        correction = self._solve(fine, basis, samples, damping)
+        self.solves += 1
+        self.failures += not correction.solved
+        self._kept = correction.coefficients if correction.solved else None
+        return correction
+
+    def _galerkin(self, count: int) -> tuple[float, ...] | None:
+        """Coefficients of zeta where it lies in the space and the correction is the error-minimising one."""
+        if self.config.correction != "error_minimizing":
+            return None
+        return self.space.direction_coefficients(count)
+
+    def _solve(self, fine: Fine, basis: Basis, samples: Samples, damping: float) -> Correction:
+        rows = self._project(basis, samples)
+        zeta = self.space.direction_coefficients(basis.count)
+        if zeta is None:
+            w = torch.cat(list(samples.project({n: [z] for n, z in fine.directions.items()}, basis.like).values()))
+            w = w.sum(0)
+        else:
+            w = torch.einsum("nkc,k->c", rows, torch.tensor(zeta).to(rows))
+        Y = basis.restrict(rows).double()
+        w = w.double()
+        restricted = self._restricted(fine, basis, zeta)
+        operator, sums = self._reduce(basis, samples, Y, w, damping, extra=zeta is None)
+        rhs = torch.zeros(0, dtype=torch.float64)
+        galerkin = self._galerkin(basis.count)
+        if operator is not None:
+            gradient, direction = restricted["gradient"], restricted["direction"]
+            residual = gradient - sums["Yw"] / sums["samples"] - damping * direction
+            additive = self.config.correction in ("additive", "deflated", "balanced") or galerkin is not None
+            rhs = gradient if additive else residual
+            self._report(operator, residual, sums, restricted, damping, zeta)
+        solved, beta = self._broadcast_solution(operator, rhs, basis)
+        t = basis.raw_coefficients(beta)
+        if not solved:
+            return self._one_level(fine, basis)
+        self._rows = (samples, torch.einsum("nkc,nk->nc", rows, t.to(rows)))
+        if galerkin is not None:
+            return Correction(basis, t, None, True)
+        if self.config.correction in ("error_minimizing", "additive"):
+            return Correction(basis, t, fine.directions, True)
+        return self._projected(fine, basis, samples, damping, operator, t, rows)
+
+    def _one_level(self, fine: Fine, basis: Basis) -> Correction:
+        self._rows = None
+        zero = torch.zeros(basis.blocks, basis.count, dtype=torch.float64, device=basis.like.device)
+        return Correction(basis, zero, fine.directions, False)
+
+    def _projected(
+        self,
+        fine: Fine,
+        basis: Basis,
+        samples: Samples,
+        damping: float,
+        operator: CoarseOperator | None,
+        t: Tensor,
+        rows: Tensor,
+    ) -> Correction:
+        """A-DEF1, c + M^-1 (grad - F_l c) with c = Q grad; and BNN, y + Q (grad - F_l y) of that y.
+
+        Two collectives of the parameters' size more than the additive form under "mem_opt", one under "comm_opt".
+        """
+        c = basis.prolong(t)
+        product = fine.product(c)
+        step = fine.precondition({name: fine.gradients[name] - product[name] for name in basis.names})
+        if self.config.correction == "deflated":
+            return Correction(basis, t, step, True)
+        y = {name: c[name] + step[name] for name in basis.names}
+        w = torch.stack([part[0] for part in samples.project({n: [y[n]] for n in y}, basis.like).values()]).sum(0)
+        local = torch.cat([basis.restrict(rows).double() @ w.double(), w.new_full((1,), samples.valid).double()])
+        self._communicator.reduce(local, dst=0, phase="coarse")
+        rhs = torch.zeros(0, dtype=torch.float64)
+        if operator is not None:
+            host = local.cpu()
+            restricted = basis.restrict(basis.by_block(basis.dots_by_layer(fine.gradients))).cpu()
+            along = basis.restrict(basis.by_block(basis.dots_by_layer(y))).cpu()
+            rhs = restricted - host[:-1] / host[-1] - damping * along
+        solved, beta = self._broadcast_solution(operator, rhs, basis)
+        if not solved:
+            return self._one_level(fine, basis)
+        return Correction(basis, t + basis.raw_coefficients(beta), step, True)
+
+    # -- pieces ---------------------------------------------------------------------------------------------------
+
+    def _project(self, basis: Basis, samples: Samples) -> Tensor:
+        """U^T V of the raw vectors, (n, k, columns); the momentum's rows are combinations of the last ones."""
+        momentum_rows = self._rows[1] if self._rows is not None and self._rows[0] is samples else None
+        known = self.space.uses_momentum and basis.count == 2 and momentum_rows is not None
+        known = known and momentum_rows.shape[0] == basis.blocks  # type: ignore[union-attr]
+        vectors: dict[str, Sequence] = {n: each[:1] if known else each for n, each in basis.vectors.items()}
+        projected = samples.project(vectors, basis.like)
+        rows = basis.stack_rows(projected)
+        if known and momentum_rows is not None:
+            rows[:, 1] = momentum_rows
+        return rows
+
+    def _restricted(self, fine: Fine, basis: Basis, zeta: tuple[float, ...] | None) -> dict[str, Tensor]:
+        """R_0 grad, R_0 zeta and the norms that the report needs, on rank 0 only."""
+        if self._communicator.rank != 0:
+            return {}
+        gradient = basis.restrict(basis.by_block(basis.dots_by_layer(fine.gradients)))
+        if zeta is None:
+            direction = basis.by_block(basis.dots_by_layer(fine.directions))
+        else:
+            direction = (basis.gram @ torch.tensor(zeta).to(basis.gram)[:, None])[..., 0]
+        norm = torch.stack([z.double().square().sum() for z in fine.directions.values()]).sum()
+        packed = torch.cat([gradient, basis.restrict(direction), norm[None]]).cpu()
+        m = basis.dimension
+        return {"gradient": packed[:m], "direction": packed[m : 2 * m], "norm": packed[2 * m]}
+
+    def _reduce(
+        self, basis: Basis, samples: Samples, Y: Tensor, w: Tensor, damping: float, *, extra: bool
+    ) -> tuple[CoarseOperator | None, dict[str, Tensor]]:
+        """ONE reduce of [moment | Y w | count] to rank 0, which factorises E; the others get None."""
+        m = basis.dimension
+        moment = self.space.local_moment(Y, samples)
+        rows, columns = torch.triu_indices(m, m, device=Y.device)
+        parts = [moment[:, rows, columns].flatten(), Y @ w, Y.new_full((1,), samples.valid)]
+        if extra:
+            parts.append((w @ w)[None])
+        local = torch.cat(parts)
+        self._communicator.reduce(local, dst=0, phase="coarse")
+        if self._communicator.rank != 0:
+            return None, {}
+        host, layers = local.cpu(), moment.shape[0]
+        split = layers * rows.numel()
+        full = torch.zeros(layers, m, m, dtype=torch.float64)
+        full[:, rows.cpu(), columns.cpu()] = host[:split].view(layers, -1)
+        full = full + full.triu(1).mT
+        sums = {"Yw": host[split : split + m], "samples": host[split + m]}
+        if extra:
+            sums["ww"] = host[split + m + 1]
+        if not float(sums["samples"]) > 0:
+            return factorise(torch.full((m, m), float("nan"), dtype=torch.float64)), sums
+        E = self.space.operator(full, float(sums["samples"])) + damping * basis.orthonormal_gram().cpu()
+        return factorise(E), sums
+
+    def _broadcast_solution(self, operator: CoarseOperator | None, rhs: Tensor, basis: Basis) -> tuple[bool, Tensor]:
+        """[status, beta] from rank 0: every rank learns whether to use it."""
+        message = torch.zeros(basis.dimension + 1, dtype=torch.float64)
+        if operator is not None:
+            status, beta = operator.solve(rhs)
+            message[0], message[1:] = float(status), beta
+        message = message.to(basis.like.device)
+        self._communicator.broadcast(message, src=0, phase="coarse")
+        return float(message[0]) != Status.FAILED, message[1:]
+
+    def _report(
+        self,
+        operator: CoarseOperator,
+        residual: Tensor,
+        sums: Mapping[str, Tensor],
+        restricted: Mapping[str, Tensor],
+        damping: float,
+        zeta: tuple[float, ...] | None,
+    ) -> None:
+        """The exact decrease (R_0 r)^T E^-1 (R_0 r) of the squared error, and its ratio to ||zeta||_F^2."""
+        decrease = float(residual @ operator.inverse @ residual)
+        if zeta is None:
+            energy = float(sums["ww"] / sums["samples"] + damping * restricted["norm"])
+        else:
+            # zeta = V b in orthonormal coordinates, so its energy is b^T E b.
+            energy = float(restricted["direction"] @ operator.matrix @ restricted["direction"])
+        self.report = {
+            "coarse/decrease": decrease,
+            "coarse/decrease_ratio": decrease / energy if energy > 0 else 0.0,
+            "coarse/condition": operator.condition,
+            "coarse/rank": float((operator.matrix.diagonal() > 0).sum()),
+            "coarse/samples": float(sums["samples"]),
+        }
+
+    # -- memory ---------------------------------------------------------------------------------------------------
+
+    def remember(self, directions: Mapping[str, Tensor], scale: Tensor, corrected: Tensor, finite: bool) -> None:
+        """Keep the direction that was handed out, for the momentum of the next step.
+
+        Args:
+            directions: what was written, before the clip's ``scale``.
+            scale: the clip's factor.
+            corrected: whether it was the corrected direction (else the clip fell back to one level).
+            finite: whether it can be used; after a step that was skipped the momentum is gone.
+        """
+        if not self.space.uses_momentum:
+            return
+        if not finite:
+            self.momentum, self._rows = None, None
+            return
+        self.momentum = {name: zeta * scale.to(zeta) for name, zeta in directions.items()}
+        if self._rows is not None:
+            self._rows = (self._rows[0], self._rows[1] * scale.to(self._rows[1])) if bool(corrected) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; the samples are not saved, but captured anew at the first step."""
+        return {
+            "space": self.config.space,
+            "damping": self.adaptive_damping,
+            "failures": self.failures,
+            "solves": self.solves,
+            "momentum": None if self.momentum is None else dict(self.momentum),
+            "kept": self._kept,
+        }
+
+    def load_state_dict(
+        self, saved: Mapping[str, Any] | None, shapes: Mapping[str, tuple[int, ...]], like: Tensor
+    ) -> None:
+        """Take over a saved state; one of another space, or of a run without one, starts afresh.
+
+        Raises:
+            ValueError: the momentum does not fit the layers.
+        """
+        if saved is None or saved.get("space") != self.config.space:
+            return
+        momentum = saved["momentum"]
+        for name, delta in (momentum or {}).items():
+            if name not in shapes or tuple(delta.shape) != shapes[name]:
+                raise ValueError(
+                    f"the checkpoint's momentum of layer {name!r} has shape {tuple(delta.shape)}, this model wants "
+                    f"{shapes.get(name)}; load it into the model it was saved from"
+                )
+        self.momentum = None if momentum is None else {n: d.to(like, copy=True) for n, d in momentum.items()}
+        self._kept = None if saved["kept"] is None else saved["kept"].to(device=like.device, copy=True)
+        self._rows = None
+        self.adaptive_damping = float(saved["damping"])
+        self.failures, self.solves = int(saved["failures"]), int(saved["solves"])
