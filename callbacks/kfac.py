@@ -17,7 +17,6 @@ from lightning_fabric.utilities.apply_func import move_data_to_device
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kfac_dist.callbacks.cadence import is_due, warn_of_cadence
 from kfac_dist.callbacks.checks import (
     check_launcher,
     check_optimizers,
@@ -27,6 +26,7 @@ from kfac_dist.callbacks.checks import (
     modules_outside,
     warn_of_optimizer,
 )
+from kfac_dist.callbacks.logs import log
 from kfac_dist.callbacks.options import check_options, entry, exactly, parse_distribution
 from kfac_dist.callbacks.window import Window
 from kfac_dist.compat import is_compiled, open_compiled_code
@@ -62,8 +62,7 @@ class KFAC(pl.Callback):
         distribution: "comm_opt", "mem_opt", a gradient-worker fraction, or a DistributionConfig or its keywords.
         seed: of the sampled targets.
         clip_raw_gradients: bound on the norm of the gradients before they are preconditioned; None: off.
-        log_every_n_steps: optimizer steps between logs of ``metrics`` under "kfac/", a multiple of the Trainer's; None:
-            as the Trainer; 0: never.
+        log_every_n_steps: steps between logs of ``metrics`` under "kfac/"; None: when the Trainer logs; 0: never.
         sample_ids_key: where the batch holds global sample ids (B,): a key, attribute or index. With them the sampled
             targets do not depend on how batches lie on ranks.
         mask_key: where the batch holds a mask (B, ..): samples or targets that are False count nowhere.
@@ -151,7 +150,6 @@ class KFAC(pl.Callback):
         """Build the core: the module is on its device now, and its layers are the final ones."""
         optimizer = check_optimizers(trainer)
         warn_of_optimizer(optimizer)
-        warn_of_cadence(self.log_every_n_steps, trainer)
         skip = [exactly(name) for name in modules_outside(optimizer, pl_module)]
         if getattr(pl_module, "_compiler_ctx", None) is not None or any(map(is_compiled, pl_module.modules())):
             self._restore_compiler = open_compiled_code()
@@ -232,9 +230,7 @@ class KFAC(pl.Callback):
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip_raw_gradients)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             self._core.step(lr=optimizer, grad_scale=1.0 if scaler is None else float(scaler.get_scale()))
-        if is_due(self.log_every_n_steps, trainer):
-            values = {f"kfac/{name}": value for name, value in self._core.metrics.items()}
-            pl_module.log_dict(values, on_step=True, on_epoch=False)
+        log(self._core.metrics, self.log_every_n_steps, trainer, pl_module)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

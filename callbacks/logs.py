@@ -1,0 +1,36 @@
+"""Which steps' numbers go to the loggers, and how they get there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytorch_lightning as pl
+
+
+def log(
+    metrics: Mapping[str, float], every_n_steps: int | None, trainer: pl.Trainer, pl_module: pl.LightningModule
+) -> None:
+    """Log ``metrics`` under "kfac/" if the step that is being made is due; they are not even read otherwise.
+
+    Args:
+        metrics: name -> number.
+        every_n_steps: None: through the module, on the Trainer's cadence, so that other callbacks see them too; a
+            number: straight to the loggers (what goes through the module is repeated whenever the Trainer logs);
+            0: never.
+        trainer: the Trainer.
+        pl_module: the module.
+    """
+    every = int(trainer.log_every_n_steps) if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
+    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
+    if every <= 0 or (stepped + 1) % every:
+        return
+    if every_n_steps is None:
+        pl_module.log_dict(_named(metrics), on_step=True, on_epoch=False)
+    elif trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(_named(metrics), step=stepped)
+            logger.save()
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {f"kfac/{name}": value for name, value in metrics.items()}
