@@ -141,7 +141,8 @@ class Fisher:
             raise ValueError(f"the output module {what}: set output_module to one of {known(self._model)}")
         raise RuntimeError(
             "accumulate() found no forward pass: call it after the model's forward, with gradients enabled, and before "
-            "loss.backward(). If the model was compiled and already called, build K-FAC before its first call"
+            "loss.backward(). If the model was compiled and already called, build K-FAC before its first call, or call "
+            "torch._dynamo.reset() after building it"
         )
 
     def _micro_batch(self, index: int, output: Tensor, mask: Tensor | None, loss_divisor: float) -> MicroBatch:
