@@ -1,7 +1,7 @@
 """The coarse level: restrict, reduce, solve on rank 0, broadcast, prolong (Koroko et al. 2023, section 3).
 
 Words per solve, m = dimension of the space: in, m (m + 1) / 2 + m + 1 (the operator's moment, Y w, the sample count;
-one more, w w, for a space without zeta); out, m + 1 (status, beta). Everything is a sum over samples, so the result does
+one more, w w, for a space without zeta); out, m + 1 (status, beta). Everything is a sum over samples: the result does
 not depend on how they lie on the ranks.
 """
 
