@@ -99,7 +99,7 @@ class Dense:
 
     def _eigenvectors(self, name: str) -> tuple[Tensor, Tensor]:
         """(values of G (x) A over all groups, the vectors as columns); the vectors are kron(q_G, q_A): row-major."""
-        A, G, T = self.factors[name]
+        A, G, _ = self.factors[name]
         values, vectors = [], []
         for group, (a, g) in enumerate(zip(A, G, strict=True)):
             (la, qa), (lg, qg) = torch.linalg.eigh(a), torch.linalg.eigh(g)
