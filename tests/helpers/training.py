@@ -55,7 +55,7 @@ class Trajectory:
 
 def layer_states(kfac: KFACPreconditioner) -> dict[str, LayerState]:
     """The only look that the tests take behind the preconditioner's face."""
-    return kfac._states
+    return kfac._one.states
 
 
 def held_inverses(kfac: KFACPreconditioner) -> dict[tuple[str, str, str], Tensor]:
