@@ -136,14 +136,17 @@ class OneLevel:
 
     # -- inverses -------------------------------------------------------------------------------------------------
 
+    def _inversion_due(self, step: int) -> bool:
+        missing = any(state.updates and state.inverted is None for state in self.states.values())
+        return missing or step % self.config.inverse_every_n_steps == 0
+
     def inverses_due(self, step: int) -> bool:
         """Every n steps, and as soon as a layer has its first factors or a state was loaded."""
-        missing = any(state.updates and state.inverted is None for state in self.states.values())
-        return missing or self.rebuild or step % self.config.inverse_every_n_steps == 0
+        return self.rebuild or self._inversion_due(step)
 
-    def update_inverses(self, damping: float) -> None:
-        """Invert the current factors, or after loading those of the last inversion."""
-        if not self.rebuild:
+    def update_inverses(self, step: int, damping: float) -> None:
+        """Invert the current factors or, between the steps for that, rebuild a loaded state's last inverses."""
+        if self._inversion_due(step):
             self.counts["inverse_updates"] += 1
             for state in self.states.values():
                 state.inverted = state.factors

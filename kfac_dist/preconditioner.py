@@ -198,7 +198,7 @@ class KFACPreconditioner:
             damping = evaluate("damping", self.config.damping, self._step)
             if one.inverses_due(self._step):
                 with self._timer("inverses"):
-                    one.update_inverses(damping)
+                    one.update_inverses(self._step, damping)
             with self._timer("precondition"):
                 gradients = one.gradients()
                 directions = one.precondition(gradients, damping)
