@@ -36,9 +36,9 @@ def learning_rates(layers: Sequence[Layer], lr: float | Optimizer, like: Tensor)
         ValueError: the optimizer lacks a layer's weight.
     """
     if not isinstance(lr, Optimizer):
-        return torch.full((len(layers),), float(lr)).to(like)
+        return like.new_full((len(layers),), float(lr))
     rates = {id(p): float(group["lr"]) for group in lr.param_groups for p in group["params"]}
     missing = [layer.name for layer in layers if id(layer.weight) not in rates]
     if missing:
         raise ValueError(f"the optimizer given as lr does not hold the weights of {', '.join(missing)}")
-    return torch.tensor([rates[id(layer.weight)] for layer in layers]).to(like)
+    return like.new_tensor([rates[id(layer.weight)] for layer in layers])
