@@ -60,6 +60,9 @@ class Capture:
         self._handles = [
             layer.module.register_forward_hook(self._layer_hook(layer), with_kwargs=True) for layer in layers
         ]
+        # Outputs recorded when a call of the output module began, for each of its calls that still runs.
+        self._running: list[int] = []
+        self._handles.append(output_module.register_forward_pre_hook(self._output_pre_hook(output_module)))
         self._handles.append(output_module.register_forward_hook(self._output_hook(output_module)))
 
     def _recording(self) -> bool:
@@ -89,12 +92,24 @@ class Capture:
 
         return hook
 
+    def _output_pre_hook(self, output_module: nn.Module) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: tuple) -> None:
+            if module is output_module:
+                self._running.append(len(self.outputs))
+
+        return hook
+
     def _output_hook(self, output_module: nn.Module) -> Callable[..., None]:
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, output: object) -> None:
-            if module is not output_module or not self._recording() or in_backward():
+            if module is not output_module or not self._running:
                 return
-            # The root of a LightningModule under DDP fires a second time, with whatever training_step returned.
+            # DDP calls the root of a LightningModule around its training_step, which calls it again: the inner call
+            # returns the logits, and the outer one the loss, in whatever form (perhaps after clear()).
+            outer = len(self.outputs) > self._running.pop()
+            if outer or not self._recording() or in_backward():
+                return
             if isinstance(output, Tensor) and output.dim() > 0 and output.requires_grad:
                 self.outputs.append(output)
             else:
@@ -108,6 +123,7 @@ class Capture:
         self.calls.clear()
         self.outputs.clear()
         self.other_outputs.clear()
+        self._running.clear()
         self.layers_ran = False
 
     def close(self) -> None:

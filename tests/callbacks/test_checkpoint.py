@@ -1,0 +1,92 @@
+"""Saving and resuming: the curvature goes with the checkpoint, and a resumed fit is the uninterrupted one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from kfac_dist.schedules import ExponentialDamping
+from tests.callbacks.tiny import BATCH, Classifier, assert_equal, data, fit, hooks, kfac, loader, weights
+
+# Five steps per epoch: neither a factor step nor an inverse step comes first after the resumption, or both do.
+CADENCE = {"factor_every_n_steps": 2, "inverse_every_n_steps": 4}
+ALIGNED = {"factor_every_n_steps": 5, "inverse_every_n_steps": 5}
+
+
+def train():
+    return loader(data(5 * BATCH))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"likelihood": "categorical", "kl_clip": 1e-3},
+        {"likelihood": "empirical", "damping": ExponentialDamping(0.1, 0.9, 0.01)},
+        {"likelihood": "categorical", "damping_method": "eigen"},
+    ],
+)
+@pytest.mark.parametrize(
+    ("cadence", "precision"), [(CADENCE, "32-true"), (ALIGNED, "32-true"), (CADENCE, "bf16-mixed")]
+)
+def test_a_resumed_fit_equals_the_uninterrupted_one(tmp_path, options, cadence, precision):
+    path = str(tmp_path / "last.ckpt")
+    options = cadence | options
+    whole = Classifier(momentum=0.9)
+    fit(whole, [kfac(**options)], train(), max_epochs=2, precision=precision)
+    first = fit(Classifier(momentum=0.9), [kfac(**options)], train(), precision=precision)
+    first.save_checkpoint(path)  # after the fit, when the hooks are gone
+    resumed, callback = Classifier(momentum=0.9), kfac(**options)
+    fit(resumed, [callback], train(), max_epochs=2, ckpt_path=path, precision=precision)
+    assert callback.state_dict()["step"] == 10
+    assert_equal(weights(resumed), weights(whole))
+
+
+def test_a_checkpoint_loads_with_weights_only(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1)
+    fit(Classifier(), [kfac(**CADENCE), checkpoint], train(), enable_checkpointing=True)
+    steps = []
+    for path in sorted(tmp_path.iterdir()):
+        state = torch.load(path, weights_only=True)["callbacks"]["KFAC"]
+        assert set(state["layers"]) == {"first", "last"}
+        steps.append(state["step"])
+    assert steps == [2, 4]
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")
+def test_a_checkpoint_of_an_exception_holds_the_state(tmp_path):
+    class Failing(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 3:
+                raise KeyError("on purpose")
+            return super().training_step(batch, batch_idx)
+
+    callback = kfac()
+    with pytest.raises(KeyError, match="on purpose"):
+        fit(Failing(), [callback, OnExceptionCheckpoint(tmp_path)], train(), enable_checkpointing=True)
+    (path,) = tmp_path.iterdir()
+    saved = torch.load(path, weights_only=True)["callbacks"]["KFAC"]
+    assert saved["step"] == 3
+    assert_equal(saved["layers"], callback.state_dict()["layers"])
+
+
+def test_a_checkpoint_of_other_layers_is_refused(tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    fit(Classifier(), [kfac(skip_layers=["first"])]).save_checkpoint(path)
+    model = Classifier()
+    with pytest.raises(MisconfigurationException, match=r"only in the model .'first'.*with the same skip_layers"):
+        fit(model, [kfac()], max_epochs=2, ckpt_path=path)
+    assert hooks(model) == 0
+
+
+def test_a_checkpoint_without_kfac_starts_new_curvature(tmp_path):
+    path = str(tmp_path / "last.ckpt")
+    fit(Classifier()).save_checkpoint(path)
+    callback = kfac()
+    fit(Classifier(), [callback], max_epochs=2, ckpt_path=path)
+    assert callback.state_dict()["step"] == 3
+
+
+def test_there_is_no_state_before_a_fit():
+    assert kfac().state_dict() == {}
