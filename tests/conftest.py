@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from tests.helpers.ranks import RankPool
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny matrices: threads that wait for each other spin, 100 times slower on a busy machine
 settings.register_profile("repository", deadline=None, derandomize=True)
 settings.load_profile("repository")
 

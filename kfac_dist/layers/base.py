@@ -108,11 +108,11 @@ class Layer(ABC):
         return theta[..., :-1].reshape(shape), theta[..., -1].reshape(-1)
 
     def gradient(self) -> Tensor | None:
-        """The matrix of ``param.grad``; None where a gradient is missing. May share the gradient's memory."""
+        """The matrix of ``param.grad``, None where a gradient is missing; a new tensor, since the step overwrites it."""
         gradients = [parameter.grad for parameter in self.parameters]
         if any(gradient is None for gradient in gradients):
             return None
-        return self.to_matrix(*gradients) if self.has_bias else self.to_matrix(gradients[0], None)  # type: ignore
+        return self.to_matrix(*gradients) if self.has_bias else self.to_matrix(gradients[0], None).clone()  # type: ignore
 
     def write_gradient(self, theta: Tensor) -> None:
         """``param.grad.copy_`` of the matrix, in place: gradient buckets stay views."""
