@@ -108,7 +108,7 @@ class Layer(ABC):
         return theta[..., :-1].reshape(shape), theta[..., -1].reshape(-1)
 
     def gradient(self) -> Tensor | None:
-        """The matrix of ``param.grad``, None where a gradient is missing; a new tensor, since the step overwrites it."""
+        """The matrix of ``param.grad``, None where one is missing; a new tensor, since the step overwrites them."""
         gradients = [parameter.grad for parameter in self.parameters]
         if any(gradient is None for gradient in gradients):
             return None
