@@ -24,9 +24,9 @@ from kfac_dist.one_level import OneLevel
 from kfac_dist.rate_free import check_rate_free
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import Samples
-from kfac_dist.trust import INTERVAL, adapted
-from kfac_dist.two_level import Correction, TwoLevel
-from kfac_dist.update import Update, reduction_ratio, write_directions
+from kfac_dist.trust import MAX_REJECTIONS
+from kfac_dist.two_level import TwoLevel
+from kfac_dist.update import Update, plan_update, reduction_ratio
 
 
 class KFACPreconditioner:
@@ -202,17 +202,12 @@ class KFACPreconditioner:
             with self._timer("precondition"):
                 gradients = one.gradients()
                 directions = one.precondition(gradients, damping)
-            with self._timer("coarse"):
-                correction = self._correct(gradients, directions, damping)
             if directions:
+                with self._timer("coarse"):
+                    update = self._plan(gradients, directions, damping, lr, closure)
                 with self._timer("write"):
-                    update = write_directions(
-                        self._active(directions), gradients, directions, correction, self.config, lr
-                    )
-                    values |= update.metrics(gradients)
-                if self._two is not None:
-                    with self._timer("coarse"):
-                        values |= self._learn(update, gradients, damping, closure)
+                    update.write()
+                values |= update.metrics()
         self._finish(values | {"damping": damping})
 
     # -- the stages of the step -----------------------------------------------------------------------------------
@@ -240,46 +235,43 @@ class KFACPreconditioner:
                 self._fisher.samples.rescale(1.0 / grad_scale)
             self._samples = self._fisher.samples
 
-    def _correct(
-        self, gradients: Mapping[str, Tensor], directions: Mapping[str, Tensor], damping: float
-    ) -> Correction | None:
-        """The coarse correction of this step, if there is one."""
-        if self._two is None or self._samples is None or not directions:
-            return None
-        lam = self._two.damping(self._step, damping)
-        one = self._one
-        fine = Fine(
-            gradients, directions, one.states, self._samples, one.exchange, one.assignment, self._world, damping, lam
-        )
-        return self._two.correct(fine, self._samples, lam, self._step)
-
-    def _learn(
+    def _plan(
         self,
-        update: Update,
         gradients: Mapping[str, Tensor],
+        directions: Mapping[str, Tensor],
         damping: float,
+        lr: float | Optimizer | None,
         closure: Callable[[], Tensor] | None,
-    ) -> dict[str, MetricValue]:
-        """After the update is known: the momentum for the next step, and the adaptive damping."""
-        two = self._two
-        assert two is not None  # the caller asks
-        if two.space.uses_momentum:
-            finite = bool(torch.isfinite(update.products.sum() * update.scale))
-            two.remember(update.directions, update.scale, update.corrected, finite)
-        lam = two.damping(self._step, damping)
-        values: dict[str, MetricValue] = {"coarse/damping": lam, "coarse/failures": two.failures, **two.report}
-        if two.adaptive and (self._step + 1) % INTERVAL == 0 and self._samples is not None and closure is not None:
-            ratio = reduction_ratio(
-                self.model, update, gradients, self._samples, self._world, lam, self._one.loss_scale, closure
+    ) -> Update:
+        """The coarse correction and the clip; with adaptive damping, tried on the loss and made anew if rejected."""
+        layers = [layer for layer in self.layers if layer.name in directions]
+        two, samples = self._two, self._samples
+        if two is None or samples is None:
+            return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr)
+        one = self._one
+        for _ in range(MAX_REJECTIONS):
+            lam = two.damping(self._step, damping)
+            fine = Fine(
+                gradients, directions, one.states, samples, one.exchange, one.assignment, self._world, damping, lam
             )
-            two.adaptive_damping = adapted(two.adaptive_damping, ratio)
-            values["coarse/reduction_ratio"] = ratio
-        return values
-
-    def _active(self, directions: Mapping[str, Tensor]) -> list[Layer]:
-        return [layer for layer in self.layers if layer.name in directions]
+            correction = two.correct(fine, samples, lam, self._step)
+            update = plan_update(layers, gradients, directions, correction, self.config.kl_clip, lr)
+            if not two.adaptive or not two.trust.due(self._step) or closure is None:
+                break
+            if not bool(torch.isfinite(update.products).all()):
+                break
+            ratio = reduction_ratio(self.model, update, gradients, samples, self._world, lam, one.loss_scale, closure)
+            two.report |= {"coarse/reduction_ratio": ratio}
+            if two.trust.judge(ratio):
+                break
+        two.report |= {"coarse/damping": lam, "coarse/failures": two.failures, "coarse/dimension": two.dimension}
+        finite = two.space.uses_momentum and bool(torch.isfinite(update.products).all())
+        two.remember(update.directions, update.scale, update.corrected, finite)
+        return update
 
     def _finish(self, values: dict[str, MetricValue]) -> None:
+        if self._two is not None:
+            values |= self._two.report
         values |= {"step": self._step, "loss_scale": self._one.loss_scale, **self._one.counts}
         for phase, count in self._world.traffic.collectives.items():
             values[f"collectives/{phase}"] = count

@@ -8,25 +8,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 INTERVAL = 5
 OMEGA = 0.95**INTERVAL
+REJECTION = 4.0
+MAX_REJECTIONS = 8
 LOWEST, HIGHEST = 1e-12, 1e12
 
 
-def adapted(damping: float, ratio: float) -> float:
-    """The damping after a step whose true decrease was ``ratio`` times the predicted one.
+@dataclass
+class LevenbergMarquardt:
+    """A damping and the rule that moves it.
 
-    Above 3/4 the model is trusted more; below 1/4, or where the ratio is not finite, less.
+    Every 5 steps, rho = true decrease of the loss / predicted decrease: above 3/4 the damping is multiplied by omega,
+    below 1/4 divided by it. A step that would INCREASE the loss is rejected: four times the damping, and another try.
+
+    Attributes:
+        damping: the current value.
     """
-    if not math.isfinite(ratio) or ratio < 0.25:
-        damping /= OMEGA
-    elif ratio > 0.75:
-        damping *= OMEGA
-    return min(max(damping, LOWEST), HIGHEST)
+
+    damping: float
+
+    def due(self, step: int) -> bool:
+        """Whether the step (0, 1, ..) is checked."""
+        return step % INTERVAL == 0
+
+    def judge(self, ratio: float) -> bool:
+        """Move the damping by the ratio rho; False where the step is rejected (rho below 0, or not finite)."""
+        accepted = math.isfinite(ratio) and ratio >= 0.0
+        if not accepted:
+            factor = REJECTION
+        elif ratio < 0.25:
+            factor = 1.0 / OMEGA
+        else:
+            factor = OMEGA if ratio > 0.75 else 1.0
+        self.damping = min(max(self.damping * factor, LOWEST), HIGHEST)
+        return accepted
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from kfac_dist.comm import Communicator
 from kfac_dist.config import CoarseConfig, evaluate
 from kfac_dist.fine import Fine
 from kfac_dist.samples import Samples
+from kfac_dist.trust import LevenbergMarquardt
 
 DEFAULT_SAMPLES = 256
 
@@ -34,12 +35,16 @@ class Correction:
         coefficients: t (n, k), float64 on the device.
         base: what the prolonged coefficients are added to; None: nothing.
         solved: whether the coarse solve succeeded; otherwise this is the one-level direction.
+        one_level: coefficients c with zeta = V c, where there is no base.
+        directions: zeta, where the base is another vector.
     """
 
     basis: Basis
     coefficients: Tensor
     base: Mapping[str, Tensor] | None
     solved: bool
+    one_level: Tensor | None = None
+    directions: Mapping[str, Tensor] | None = None
 
     def products(self, gradients: Mapping[str, Tensor]) -> Tensor:
         """<zeta_2, grad> per layer, (layers,), without forming zeta_2."""
@@ -50,12 +55,17 @@ class Correction:
             result = result + torch.stack([(self.base[n] * gradients[n]).sum().double() for n in self.basis.names])
         return result
 
-    def direction(self) -> dict[str, Tensor]:
-        """zeta_2, layer by layer."""
-        prolonged = self.basis.prolong(self.coefficients)
+    def direction(self, corrected: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """``scale`` times zeta_2, or times zeta where ``corrected`` is False; both are scalars on the device."""
+        fallback = torch.zeros_like(self.coefficients) if self.one_level is None else self.one_level
+        t = torch.where(corrected, self.coefficients, fallback) * scale
+        prolonged = self.basis.prolong(t)
         if self.base is None:
             return prolonged
-        return {name: self.base[name] + part for name, part in prolonged.items()}
+        base = self.base
+        if self.directions is not None:
+            base = {name: torch.where(corrected, part, self.directions[name]) for name, part in base.items()}
+        return {name: torch.addcmul(part, base[name], scale.to(part)) for name, part in prolonged.items()}
 
 
 class TwoLevel:
@@ -73,10 +83,12 @@ class TwoLevel:
         self.solves = 0
         self.momentum: dict[str, Tensor] | None = None
         self.report: dict[str, float] = {}
+        self.dimension = 0
         self._communicator = communicator
-        self.adaptive_damping = config.initial_damping
+        self.trust = LevenbergMarquardt(config.initial_damping)
         self._kept: Tensor | None = None  # coefficients of the last solve, for the steps in between
         self._rows: tuple[Samples, Tensor] | None = None  # U^T V of the momentum, while the samples stay
+        self._candidate: tuple[Samples, Tensor] | None = None  # the same for the direction that is being made
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -90,7 +102,7 @@ class TwoLevel:
         if self.config.damping is None:
             return fine_damping
         if isinstance(self.config.damping, str):
-            return self.adaptive_damping
+            return self.trust.damping
         return evaluate("coarse damping", self.config.damping, step)
 
     def quota(self, layers: int) -> int | None:
@@ -121,8 +133,9 @@ class TwoLevel:
             return None
         basis = Basis(self.space.vectors(fine), self.space.spans_network)
         if not due and self._kept is not None and self._kept.shape == basis.coefficients.shape[:2]:
-            self._rows = None
-            return Correction(basis, self._kept, None, True)
+            self._candidate = None
+            return self._correction(basis, self._kept)
+        self.dimension = basis.dimension
         correction = self._solve(fine, basis, samples, damping)
         self.solves += 1
         self.failures += not correction.solved
@@ -159,15 +172,20 @@ class TwoLevel:
         t = basis.raw_coefficients(beta)
         if not solved:
             return self._one_level(fine, basis)
-        self._rows = (samples, torch.einsum("nkc,nk->nc", rows, t.to(rows)))
-        if galerkin is not None:
-            return Correction(basis, t, None, True)
+        if galerkin is not None:  # any other correction leaves the span of the vectors
+            self._candidate = (samples, torch.einsum("nkc,nk->nc", rows, t.to(rows)))
+            return self._correction(basis, t)
         if self.config.correction in ("error_minimizing", "additive"):
             return Correction(basis, t, fine.directions, True)
         return self._projected(fine, basis, samples, damping, operator, t, rows)
 
+    def _correction(self, basis: Basis, t: Tensor) -> Correction:
+        """zeta_2 = V t; one-level is V c."""
+        zeta = torch.tensor(self.space.direction_coefficients(basis.count)).to(t)
+        return Correction(basis, t, None, True, zeta.expand_as(t))
+
     def _one_level(self, fine: Fine, basis: Basis) -> Correction:
-        self._rows = None
+        self._candidate = None
         zero = torch.zeros(basis.blocks, basis.count, dtype=torch.float64, device=basis.like.device)
         return Correction(basis, zero, fine.directions, False)
 
@@ -189,7 +207,7 @@ class TwoLevel:
         product = fine.product(c)
         step = fine.precondition({name: fine.gradients[name] - product[name] for name in basis.names})
         if self.config.correction == "deflated":
-            return Correction(basis, t, step, True)
+            return Correction(basis, t, step, True, directions=fine.directions)
         y = {name: c[name] + step[name] for name in basis.names}
         w = torch.stack([part[0] for part in samples.project({n: [y[n]] for n in y}, basis.like).values()]).sum(0)
         local = torch.cat([basis.restrict(rows).double() @ w.double(), w.new_full((1,), samples.valid).double()])
@@ -203,7 +221,7 @@ class TwoLevel:
         solved, beta = self._broadcast_solution(operator, rhs, basis)
         if not solved:
             return self._one_level(fine, basis)
-        return Correction(basis, t + basis.raw_coefficients(beta), step, True)
+        return Correction(basis, t + basis.raw_coefficients(beta), step, True, directions=fine.directions)
 
     # -- pieces ---------------------------------------------------------------------------------------------------
 
@@ -286,7 +304,7 @@ class TwoLevel:
         else:
             # zeta = V b in orthonormal coordinates, so its energy is b^T E b.
             energy = float(restricted["direction"] @ operator.matrix @ restricted["direction"])
-        self.report = {
+        self.report |= {
             "coarse/decrease": decrease,
             "coarse/decrease_ratio": decrease / energy if energy > 0 else 0.0,
             "coarse/condition": operator.condition,
@@ -300,25 +318,23 @@ class TwoLevel:
         """Keep the direction that was handed out, for the momentum of the next step.
 
         Args:
-            directions: what was written, before the clip's ``scale``.
-            scale: the clip's factor.
+            directions: what was written.
+            scale: the clip's factor in it.
             corrected: whether it was the corrected direction (else the clip fell back to one level).
             finite: whether it can be used; after a step that was skipped the momentum is gone.
         """
+        rows, self._candidate, self._rows = self._candidate, None, None
         if not self.space.uses_momentum:
             return
-        if not finite:
-            self.momentum, self._rows = None, None
-            return
-        self.momentum = {name: zeta * scale.to(zeta) for name, zeta in directions.items()}
-        if self._rows is not None:
-            self._rows = (self._rows[0], self._rows[1] * scale.to(self._rows[1])) if bool(corrected) else None
+        self.momentum = dict(directions) if finite else None
+        if finite and rows is not None and bool(corrected):
+            self._rows = (rows[0], rows[1] * scale.to(rows[1]))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; the samples are not saved, but captured anew at the first step."""
         return {
             "space": self.config.space,
-            "damping": self.adaptive_damping,
+            "damping": self.trust.damping,
             "failures": self.failures,
             "solves": self.solves,
             "momentum": None if self.momentum is None else dict(self.momentum),
@@ -345,5 +361,5 @@ class TwoLevel:
         self.momentum = None if momentum is None else {n: d.to(like, copy=True) for n, d in momentum.items()}
         self._kept = None if saved["kept"] is None else saved["kept"].to(device=like.device, copy=True)
         self._rows = None
-        self.adaptive_damping = float(saved["damping"])
+        self.trust.damping = float(saved["damping"])
         self.failures, self.solves = int(saved["failures"]), int(saved["solves"])

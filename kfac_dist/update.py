@@ -1,4 +1,4 @@
-"""From directions to ``param.grad``: the KL clip, the fall back to one level, and the numbers of the step."""
+"""From directions to ``param.grad``: the KL clip, the fall back to one level, and how well the step was predicted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from kfac_dist.clip import kl_clip_scale, learning_rates
 from kfac_dist.comm import Communicator
-from kfac_dist.config import KFACConfig
 from kfac_dist.layers import Layer
 from kfac_dist.metrics import MetricValue
 from kfac_dist.samples import Samples
@@ -21,15 +20,16 @@ from kfac_dist.two_level import Correction
 
 @dataclass(frozen=True)
 class Update:
-    """What was written.
+    """What is to be written.
 
     Attributes:
         layers: the layers, in order.
-        directions: layer -> direction before the clip's scale.
+        directions: layer -> direction, clipped.
         scale: the clip's factor, on the device.
         corrected: whether the corrected direction was taken, on the device.
-        products: (layers,), <direction, gradient> before the scale.
+        products: (layers,), <direction, gradient>, on the device.
         rates: (layers,), the outer optimizer's rates.
+        gradient_norm: of the gradients, on the device.
     """
 
     layers: Sequence[Layer]
@@ -38,32 +38,38 @@ class Update:
     corrected: Tensor
     products: Tensor
     rates: Tensor
+    gradient_norm: Tensor
 
-    def metrics(self, gradients: Mapping[str, Tensor]) -> dict[str, MetricValue]:
+    def write(self) -> None:
+        """Overwrite ``param.grad``."""
+        for layer in self.layers:
+            layer.write_gradient(self.directions[layer.name])
+
+    def metrics(self) -> dict[str, MetricValue]:
         """Norms of the step; nothing is computed until it is read."""
-        directions, scale = self.directions, self.scale
+        directions = list(self.directions.values())
         return {
-            "direction_dot_gradient": self.products.sum() * scale,
-            "kl_clip_scale": scale,
+            "direction_dot_gradient": self.products.sum(),
+            "kl_clip_scale": self.scale,
             "corrected": self.corrected,
-            "grad_norm": lambda: _norm(gradients.values()),
-            "direction_norm": lambda: _norm(directions.values()) * float(scale),
+            "grad_norm": self.gradient_norm,
+            "direction_norm": lambda: float(_norm(directions)),
         }
 
 
-def _norm(tensors: object) -> float:
-    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())  # type: ignore[attr-defined]
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(list(tensors))).norm()
 
 
-def write_directions(
+def plan_update(
     layers: Sequence[Layer],
     gradients: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
     correction: Correction | None,
-    config: KFACConfig,
+    kl_clip: float | None,
     lr: float | Optimizer | None,
 ) -> Update:
-    """Overwrite ``param.grad`` by the clipped direction.
+    """The clipped direction; nothing is written yet.
 
     With a KL clip, a corrected direction that does not descend (<zeta_2, grad> <= 0) is replaced by the one-level one.
 
@@ -72,28 +78,28 @@ def write_directions(
         gradients: layer -> gradient.
         directions: layer -> zeta.
         correction: the coarse level's, or None.
-        config: for the clip.
+        kl_clip: bound of the clip; None: off.
         lr: the outer optimizer or its rate; None: 1.
     """
     products = torch.stack([torch.sum(directions[layer.name] * gradients[layer.name]) for layer in layers])
     rates = learning_rates(layers, 1.0 if lr is None else lr, products)
     corrected = torch.zeros((), dtype=torch.bool, device=products.device)
-    final = directions
-    if correction is not None and correction.solved:
+    solved = correction is not None and correction.solved
+    if correction is not None and solved:
         better = correction.products(gradients).to(products)
-        final = correction.direction()
         corrected = torch.ones_like(corrected)
-        if config.kl_clip is not None:
+        if kl_clip is not None:
             corrected = (better * rates**2).sum() > 0
-            final = {name: torch.where(corrected, zeta, directions[name]) for name, zeta in final.items()}
         products = torch.where(corrected, better, products)
     scale = torch.ones((), dtype=products.dtype, device=products.device)
-    if config.kl_clip is not None:
-        scale = kl_clip_scale(config.kl_clip, products, rates)
-    for layer in layers:
-        zeta = final[layer.name]
-        layer.write_gradient(zeta if config.kl_clip is None else zeta * scale)
-    return Update(layers, final, scale, corrected, products, rates)
+    if kl_clip is not None:
+        scale = kl_clip_scale(kl_clip, products, rates)
+    if correction is not None and solved:
+        final = correction.direction(corrected, scale)
+    else:
+        final = dict(directions) if kl_clip is None else {name: zeta * scale for name, zeta in directions.items()}
+    norm = _norm(list(gradients.values()))
+    return Update(layers, final, scale, corrected, products * scale, rates, norm)
 
 
 def reduction_ratio(
@@ -113,7 +119,7 @@ def reduction_ratio(
 
     Args:
         model: for the trial; it is left as it was.
-        update: what was written.
+        update: what is to be written.
         gradients: layer -> gradient of the mean loss.
         samples: the kept samples.
         communicator: over all ranks; the ranks' losses count alike.
@@ -122,7 +128,7 @@ def reduction_ratio(
         closure: the training loss on the same batch.
     """
     steps = {
-        layer.name: update.directions[layer.name] * (update.scale * rate).to(gradients[layer.name])
+        layer.name: update.directions[layer.name] * rate.to(gradients[layer.name])
         for layer, rate in zip(update.layers, update.rates, strict=True)
     }
     parameters = [parameter for layer in update.layers for parameter in layer.parameters]
@@ -134,7 +140,7 @@ def reduction_ratio(
     sums = torch.cat([sums, torch.tensor([before, after], dtype=torch.float64)]).to(like.device)
     communicator.all_reduce(sums, phase="adaptive")
     energy, count, before, after = sums.tolist()
-    slope = float(torch.stack([(steps[name] * gradients[name]).sum().double() for name in steps]).sum())
+    slope = float((update.products * update.rates).sum())
     length = float(torch.stack([step.double().square().sum() for step in steps.values()]).sum())
     if not count > 0:
         return float("nan")
