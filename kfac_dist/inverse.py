@@ -60,11 +60,11 @@ FactorInverse = DenseInverse | EigenDecomposition
 
 
 def pi_correction(A: Tensor, G: Tensor) -> Tensor:
-    """The factor pi (groups,): sqrt((tr A / a) / (tr G / g)); 1 where a trace is zero or not finite."""
+    """The factor pi (groups,): sqrt((tr A / a) / (tr G / g)); 1 where that is no finite number above 0."""
     mean_a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
     mean_g = G.diagonal(dim1=-2, dim2=-1).mean(-1)
     pi = (mean_a / mean_g).sqrt()
-    usable = (mean_a > 0) & (mean_g > 0) & torch.isfinite(pi)
+    usable = (mean_a > 0) & (mean_g > 0) & torch.isfinite(pi) & (pi > 0)
     return torch.where(usable, pi, torch.ones_like(pi))
 
 
