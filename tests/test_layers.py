@@ -1,0 +1,225 @@
+"""Every registered layer family against brute force: rows read off the Jacobian of the module itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_dist import KFACPreconditioner
+from kfac_dist.layers import Layer, find_layers, layers
+from tests.helpers.cases import Shared
+from tests.helpers.dense import output_rows, patches
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A module, an input, and where the channels lie in its output."""
+
+    build: Callable[[], nn.Module]
+    x: Tensor
+    channels: int
+
+
+def conv(*shape: int, x: tuple[int, ...] = (3, 4, 5, 6), **options: object) -> Example:
+    return Example(lambda: nn.Conv2d(*shape, **options), normal(*x), -3)  # type: ignore[arg-type]
+
+
+def frozen_bias(module: nn.Module) -> nn.Module:
+    module.bias.requires_grad_(False)
+    return module
+
+
+# A new family adds its examples here; without any the first test below fails.
+EXAMPLES: dict[str, dict[str, Example]] = {
+    "linear": {
+        "2-d": Example(lambda: nn.Linear(3, 2), normal(5, 3), -1),
+        "1-d": Example(lambda: nn.Linear(3, 2), normal(3), -1),
+        "3-d": Example(lambda: nn.Linear(3, 2), normal(4, 5, 3), -1),
+        "4-d without bias": Example(lambda: nn.Linear(3, 2, bias=False), normal(2, 2, 3, 3), -1),
+        "transposed": Example(lambda: nn.Linear(3, 2), normal(4, 3, 5).mT, -1),
+        "every other column": Example(lambda: nn.Linear(3, 2), normal(4, 6)[:, ::2], -1),
+        "expanded": Example(lambda: nn.Linear(3, 2), normal(1, 3).expand(4, 3), -1),
+        "frozen bias": Example(lambda: frozen_bias(nn.Linear(3, 2)), normal(5, 3), -1),
+    },
+    "conv2d": {
+        "plain": conv(4, 2, 3),
+        "no bias": conv(4, 2, (2, 3), bias=False),
+        "stride": conv(4, 2, 3, stride=(2, 1), padding=(1, 2)),
+        "dilation": conv(4, 2, (2, 3), dilation=(2, 1), padding=1),
+        "stride and dilation": conv(4, 2, 2, stride=2, dilation=(3, 2), padding=(2, 1)),
+        "groups": conv(4, 6, 3, groups=2, padding=1),
+        "depthwise": conv(4, 4, 3, groups=4, stride=2),
+        "groups and dilation": conv(4, 4, 2, groups=2, dilation=2, bias=False),
+        "same": conv(4, 2, (4, 3), padding="same", dilation=(1, 2)),
+        "valid": conv(4, 2, 3, padding="valid"),
+        "same, reflected": conv(4, 2, (2, 3), padding="same", padding_mode="reflect"),
+        "reflect": conv(4, 2, 3, padding=(1, 2), padding_mode="reflect"),
+        "replicate": conv(4, 2, 3, padding=(2, 1), padding_mode="replicate", groups=2),
+        "circular": conv(4, 2, 3, padding=(2, 1), padding_mode="circular", stride=2),
+        "one by one": conv(4, 2, 1),
+        "unbatched": conv(4, 2, 3, x=(4, 5, 6), padding=1),
+        "unbatched, groups": conv(4, 6, 3, x=(4, 5, 6), groups=2, padding_mode="circular", padding=1),
+        "frozen bias": Example(lambda: frozen_bias(nn.Conv2d(4, 2, 3)), normal(3, 4, 5, 6), -3),
+        "channels last": Example(
+            lambda: nn.Conv2d(4, 2, 3).to(memory_format=torch.channels_last),
+            normal(3, 4, 5, 6).to(memory_format=torch.channels_last),
+            -3,
+        ),
+    },
+}
+CASES = [(family, name) for family, examples in EXAMPLES.items() for name in examples]
+
+
+def test_every_registered_family_has_examples() -> None:
+    assert set(EXAMPLES) == set(layers)
+
+
+@pytest.fixture(params=CASES, ids=[f"{family}: {name}" for family, name in CASES])
+def case(request: pytest.FixtureRequest) -> tuple[Layer, Example, Tensor]:
+    """The layer, its example, and a gradient of its output (in the strides that autograd may deliver)."""
+    family, name = request.param
+    example = EXAMPLES[family][name]
+    torch.manual_seed(2)
+    module = example.build().double()
+    (layer,), _ = find_layers(module)
+    assert type(layer) is layers[family]
+    out = module(example.x)
+    g = normal(*out.shape, seed=3)
+    return layer, example, g.mT.contiguous().mT if g.dim() > 1 else g
+
+
+def rows_by_jacobian(layer: Layer, example: Example) -> Tensor:
+    """(groups, R, d_in): the derivative of every output of a group's first channel by that channel's own Theta."""
+    out = layer.module(example.x)
+    by_row = out.movedim(example.channels, -1).reshape(-1, layer.groups, layer.output_dim)
+    rows = []
+    for row in by_row:
+        for group in range(layer.groups):
+            gradients = torch.autograd.grad(row[group, 0], layer.parameters, retain_graph=True)
+            theta = layer.to_matrix(gradients[0], gradients[1] if layer.has_bias else None)
+            assert theta[group, 1:].abs().sum() == 0
+            rows.append(theta[group, 0])
+    return torch.stack(rows).view(len(by_row), layer.groups, -1).transpose(0, 1)
+
+
+def test_moments_are_those_of_the_jacobian(case: tuple[Layer, Example, Tensor]) -> None:
+    layer, example, g = case
+    rows = rows_by_jacobian(layer, example)
+    assert rows.shape[2] == layer.input_dim
+    assert layer.rows(g) == rows.shape[1]
+    moment = layer.input_moment(example.x, torch.float64)
+    assert torch.allclose(moment, rows.mT @ rows, rtol=0, atol=1e-12)
+    plain = rows[..., :-1] if layer.has_bias else rows
+    assert torch.allclose(layer.input_rows(example.x), plain, rtol=0, atol=1e-13)  # also in this order
+    weights = torch.arange(rows.shape[1]) % 3 > 0
+    masked = layer.input_moment(example.x, torch.float64, weights)
+    assert torch.allclose(masked, rows[:, weights].mT @ rows[:, weights], rtol=0, atol=1e-12)
+    outputs = g.movedim(example.channels, -1).reshape(-1, layer.groups, layer.output_dim).transpose(0, 1)
+    assert torch.equal(layer.output_rows(g), outputs)
+    assert torch.allclose(layer.output_moment(g, torch.float64), outputs.mT @ outputs, rtol=0, atol=1e-12)
+
+
+def test_forward_with_is_the_forward(case: tuple[Layer, Example, Tensor]) -> None:
+    layer, example, _ = case
+    bias = layer.module.bias
+    out = layer.module(example.x)
+    if bias is not None and not layer.has_bias:
+        out = (out.movedim(example.channels, -1) - bias).movedim(-1, example.channels)
+    theta = layer.to_matrix(layer.weight, bias)
+    assert theta.shape == layer.shape
+    assert torch.allclose(layer.forward_with(example.x, theta), out, rtol=0, atol=1e-13)
+    other = normal(*layer.shape, seed=5)
+    both = layer.forward_with(example.x, theta + other)
+    assert torch.allclose(both - out, layer.forward_with(example.x, other), rtol=0, atol=1e-12)
+
+
+def test_trap_4_samples_and_locations_lie_alike_on_both_sides(case: tuple[Layer, Example, Tensor]) -> None:
+    """sum over rows of g a^T is autograd's gradient only when row r of one side belongs to row r of the other."""
+    layer, example, g = case
+    wanted = layer.to_matrix(*_padded(torch.autograd.grad(layer.module(example.x), layer.parameters, g)))
+    assert torch.allclose(layer.parameter_gradient(example.x, g), wanted, rtol=0, atol=1e-12)
+    product = layer.output_rows(g).mT @ layer.input_rows(example.x)
+    assert torch.allclose(product, wanted[..., :-1] if layer.has_bias else wanted, rtol=0, atol=1e-12)
+
+
+def _padded(gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    return gradients[0], gradients[1] if len(gradients) > 1 else None
+
+
+def test_matrix_round_trip_and_gradients(case: tuple[Layer, Example, Tensor]) -> None:
+    layer, example, g = case
+    theta = normal(*layer.shape, seed=6)
+    weight, bias = layer.from_matrix(theta)
+    assert weight.shape == layer.weight.shape
+    assert (bias is None) == (not layer.has_bias)
+    assert torch.equal(layer.to_matrix(weight, bias), theta)
+    if layer.has_bias:  # [W | b]: the bias is the last column of its own row
+        assert torch.equal(theta[..., -1].flatten(), bias)
+    assert layer.gradient() is None
+    (layer.module(example.x) * g).sum().backward()
+    gradients = [p.grad for p in layer.parameters]
+    kept = layer.gradient()
+    assert kept is not None
+    layer.write_gradient(theta)
+    assert all(a is p.grad for a, p in zip(gradients, layer.parameters, strict=True))
+    assert torch.equal(layer.to_matrix(*_padded(tuple(gradients))), theta)  # type: ignore[arg-type]
+    assert not torch.equal(kept, theta)  # what was read before stays what it was
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, e in EXAMPLES["conv2d"].items() if n not in ("valid", "frozen bias") and e.x.dim() == 4]
+)
+def test_patches_cut_out_one_by_one(name: str) -> None:
+    """A second reference, by slicing: (B, T, groups, d_in), samples outermost."""
+    example = EXAMPLES["conv2d"][name]
+    module = example.build().double()
+    (layer,), _ = find_layers(module)
+    wanted = patches(module, example.x)
+    found = layer.input_moment(example.x, torch.float64)
+    assert torch.allclose(found, torch.einsum("btgi,btgj->gij", wanted, wanted), rtol=0, atol=1e-12)
+    g = normal(*module(example.x).shape, seed=3)
+    rows = output_rows(module, g)
+    assert torch.allclose(layer.output_moment(g, torch.float64), torch.einsum("btgi,btgj->gij", rows, rows), atol=1e-12)
+
+
+def test_trap_14_dilated_and_grouped_convolutions_have_factors_of_their_own() -> None:
+    x = normal(3, 4, 7, 7)
+    moments = {}
+    for name, options in {
+        "plain": {"padding": 1},
+        "dilated": {"dilation": 2, "padding": 2},
+        "grouped": {"padding": 1, "groups": 2},
+    }.items():
+        (layer,), _ = find_layers(nn.Conv2d(4, 2, 3, **options).double())
+        moments[name] = layer.input_moment(x, torch.float64)
+    assert moments["plain"].shape == moments["dilated"].shape == (1, 37, 37)
+    assert (moments["plain"] - moments["dilated"]).norm() > 0.1 * moments["plain"].norm()
+    assert moments["grouped"].shape == (2, 19, 19)  # two blocks, and no cross-covariance
+    half = torch.cat([torch.arange(18), torch.tensor([36])])
+    assert torch.allclose(moments["grouped"][0], moments["plain"][0][half][:, half])
+
+
+def test_trap_15_a_shared_module_updates_once_with_both_calls() -> None:
+    torch.manual_seed(1)
+    model = Shared().double()
+    kfac = KFACPreconditioner(model, likelihood="categorical")
+    logits = model(normal(6, 5))
+    kfac.accumulate()
+    logits.logsumexp(1).mean().backward()
+    kfac.step()
+    assert kfac.metrics["factor_updates"] == 1
+    states = kfac.state_dict()["layers"]
+    assert {name: state["updates"] for name, state in states.items()} == {"first": 1, "twice": 1, "last": 1}
+    assert {name: state["factors"]["locations"] for name, state in states.items()} == {
+        "first": 1,
+        "twice": 2,
+        "last": 1,
+    }
