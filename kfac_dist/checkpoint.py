@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,19 +16,21 @@ from kfac_dist.two_level import TwoLevel
 
 def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str, Any]:
     """The state, equal on every rank; it can be loaded with ``weights_only=True``."""
-    config: dict[str, Any] = {}
-    for field in dataclasses.fields(one_level.config):
-        value = getattr(one_level.config, field.name)
-        config[field.name] = value if isinstance(value, (int, float, str)) else repr(value)
+    values = {field.name: getattr(one_level.config, field.name) for field in dataclasses.fields(one_level.config)}
     return {
         "version": STATE_VERSION,
         "step": step,
         "loss_scale": one_level.loss_scale,
         "counts": dict(one_level.counts),
-        "config": config,
+        "config": {name: _plain(value) for name, value in values.items()},
         "layers": {name: state.to_dict() for name, state in one_level.states.items()},
         "coarse": None if two_level is None else two_level.state_dict(),
     }
+
+
+def _plain(value: object) -> int | float | str:
+    """A number or a text; without the memory address of a schedule, which is another one on every rank."""
+    return value if isinstance(value, (int, float, str)) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
 def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | None) -> int:
@@ -42,7 +45,12 @@ def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | No
     missing = {"step", "loss_scale", "counts", "layers"} - set(state)
     if missing:
         raise ValueError(f"K-FAC state without {', '.join(sorted(missing))}: the checkpoint is damaged")
-    saved, mine = set(state["layers"]), set(one_level.states)
+    try:
+        saved, mine = set(state["layers"]), set(one_level.states)
+        step, loss_scale = int(state["step"]), float(state["loss_scale"])
+        counts = {key: int(value) for key, value in state["counts"].items() if key in one_level.counts}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the K-FAC state is damaged: {error}") from error
     if saved != mine:
         raise ValueError(
             f"K-FAC state of other layers: only in the checkpoint {sorted(saved - mine)}, only in the model "
@@ -53,8 +61,6 @@ def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | No
         shapes = one_level.factor_shapes(layer)
         part = state["layers"][layer.name]
         states[layer.name] = layer_state_from_dict(layer.name, part, shapes, one_level.dtype, one_level.device)
-    step, loss_scale = int(state["step"]), float(state["loss_scale"])
-    counts = {key: int(value) for key, value in state["counts"].items() if key in one_level.counts}
     coarse = state.get("coarse")
     if two_level is not None:
         like = torch.zeros((), dtype=one_level.dtype, device=one_level.device)
