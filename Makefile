@@ -4,7 +4,7 @@
 #   VENV=path           an environment that is already there, or where to make one
 #   ARGS="..."          passed on to pytest or to the demo
 #
-# pip's own variables work, such as PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu for a torch without CUDA.
+# pip's own variables work, such as PIP_EXTRA_INDEX_URL for an index with a torch without CUDA.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 INTERVAL = 5
 OMEGA = 0.95**INTERVAL
+WARM_UP = 20
 REJECTION = 4.0
 MAX_REJECTIONS = 8
 LOWEST, HIGHEST = 1e-12, 1e12
@@ -26,16 +27,19 @@ class LevenbergMarquardt:
 
     Every 5 steps, rho = true decrease of the loss / predicted decrease: above 3/4 the damping is multiplied by omega,
     below 1/4 divided by it. A step that would INCREASE the loss is rejected: four times the damping, and another try.
+    The first 20 steps are all checked, as the damping is a guess at first, and so is the step after a rejection.
 
     Attributes:
         damping: the current value.
+        again: whether the next step is checked in any case.
     """
 
     damping: float
+    again: bool = False
 
     def due(self, step: int) -> bool:
         """Whether the step (0, 1, ..) is checked."""
-        return step % INTERVAL == 0
+        return self.again or step < WARM_UP or step % INTERVAL == 0
 
     def judge(self, ratio: float) -> bool:
         """Move the damping by the ratio rho; False where the step is rejected (rho below 0, or not finite)."""
@@ -46,6 +50,7 @@ class LevenbergMarquardt:
             factor = 1.0 / OMEGA
         else:
             factor = OMEGA if ratio > 0.75 else 1.0
+        self.again = not accepted or ratio < 0.25
         self.damping = min(max(self.damping * factor, LOWEST), HIGHEST)
         return accepted
 

@@ -335,6 +335,7 @@ class TwoLevel:
         return {
             "space": self.config.space,
             "damping": self.trust.damping,
+            "again": self.trust.again,
             "failures": self.failures,
             "solves": self.solves,
             "momentum": None if self.momentum is None else dict(self.momentum),
@@ -361,5 +362,5 @@ class TwoLevel:
         self.momentum = None if momentum is None else {n: d.to(like, copy=True) for n, d in momentum.items()}
         self._kept = None if saved["kept"] is None else saved["kept"].to(device=like.device, copy=True)
         self._rows = None
-        self.trust.damping = float(saved["damping"])
+        self.trust.damping, self.trust.again = float(saved["damping"]), bool(saved["again"])
         self.failures, self.solves = int(saved["failures"]), int(saved["solves"])
