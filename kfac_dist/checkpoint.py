@@ -30,7 +30,7 @@ def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str
 
 def _plain(value: object) -> int | float | str:
     """A number or a text; without the memory address of a schedule, which is another one on every rank."""
-    return value if isinstance(value, (int, float, str)) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    return value if type(value) in (int, float, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # type: ignore[return-value]
 
 
 def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | None) -> int:
