@@ -26,7 +26,7 @@ class CoarseOperator:
     Attributes:
         matrix: (m, m) float64, symmetrised.
         status: how the factorisation went.
-        condition: estimate of the condition of the scaled matrix over its kept columns.
+        condition: of the scaled matrix over its kept columns, in the 1-norm (in the 2-norm for PSEUDO).
         inverse: (m, m); zero on dropped columns.
     """
 
@@ -65,11 +65,12 @@ def factorise(E: Tensor) -> CoarseOperator:
     index = kept.nonzero()[:, 0]
     scaled = (symmetric * scale[:, None] * scale[None, :])[index][:, index]
     factor, info = torch.linalg.cholesky_ex(scaled)
-    pivots = factor.diagonal()
-    condition = float((pivots.max() / pivots.min()) ** 2) if not int(info) else float("inf")
-    if condition <= MAX_CONDITION:
-        status, inverse = Status.SOLVED, torch.cholesky_inverse(factor)
-    else:
+    inverse, condition, status = zero, float("inf"), Status.SOLVED
+    if not int(info):
+        inverse = torch.cholesky_inverse(factor)
+        # Of the norms, not of the pivots: those of a singular matrix can be as large as 1e-6.
+        condition = float(torch.linalg.matrix_norm(scaled, 1) * torch.linalg.matrix_norm(inverse, 1))
+    if not condition <= MAX_CONDITION:
         try:
             values, vectors = torch.linalg.eigh(scaled)
         except RuntimeError:  # LinAlgError is one
