@@ -15,7 +15,7 @@ from kfac_dist.checkpoint import load, save
 from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_communicator
 from kfac_dist.compat import unwrap
-from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, evaluate
+from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
 from kfac_dist.fine import Fine
 from kfac_dist.fisher import Fisher
 from kfac_dist.layers import Layer, find_layers
@@ -156,8 +156,9 @@ class KFACPreconditioner:
 
         Raises:
             RuntimeError: there was no forward pass, or its graph is gone.
-            ValueError: logits, mask or ids have a shape that does not fit.
+            ValueError: logits, mask or ids have a shape that does not fit, or the divisor is no number above 0.
         """
+        check_number("loss_divisor", loss_divisor, 0.0, open_low=True)
         with self._timer("capture"):
             self._fisher.accumulate(self._step, sample_ids, mask, loss_divisor)
 
@@ -186,6 +187,7 @@ class KFACPreconditioner:
                 not fit the learning-rate-free mode.
             kfac_dist.comm.CommunicationError: a collective failed; the message names the phase.
         """
+        check_number("grad_scale", grad_scale, 0.0, open_low=True)
         self._check_step(lr, closure)
         self._world.traffic.clear()
         one, values = self._one, dict[str, MetricValue]()
