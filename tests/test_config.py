@@ -1,0 +1,156 @@
+"""Every argument with values it cannot have: an error at construction, with the value, the bound and the cure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kfac_dist import DistributionConfig, KFACPreconditioner
+from kfac_dist.config import KFACConfig, evaluate
+
+NAN, INF = math.nan, math.inf
+POSITIVE_INT = r"must be an integer of at least 1"
+POSITIVE = r"must be a finite number above 0"
+
+# argument -> (bad values, what the message says after "argument=value")
+BAD: dict[str, tuple[tuple[Any, ...], str]] = {
+    "likelihood": (("softmax", "Categorical"), r"known: bernoulli, categorical, gaussian"),
+    "fisher_samples": ((0, -1, 1.5, True, "all", None), r"must be .*integer of at least 1"),
+    "class_dim": ((0, 1.0, True, None), r"must be an integer other than 0 \(0 is the batch dimension\)"),
+    "damping": ((0, -0.1, NAN, INF, True, "0.1", None), POSITIVE),
+    "damping_method": (("tikhonov", None), r"is unknown; choose one of 'factored', 'eigen'"),
+    "factor_sides": (("output", "A"), r"is unknown; choose one of 'both', 'input'"),
+    "factor_decay": ((-0.1, 1.1, NAN, "0.9", None), r"must be a finite number at least 0 and at most 1"),
+    "factor_every_n_steps": ((0, -3, 2.0, True, None), POSITIVE_INT),
+    "inverse_every_n_steps": ((0, -3, 2.0, False), POSITIVE_INT),
+    "kl_clip": ((0, -1.0, NAN, INF, "1"), POSITIVE),
+    "loss_reduction": (("none", "batchmean"), r"is unknown; choose one of 'mean', 'sum', 'mean_all'"),
+    "seed": ((-1, 2**63, 1.0, True, None), r"must be an integer in \[0, 2\^63\)"),
+    "distribution": (("hybrid", "fsdp"), r"is unknown; choose one of 'comm_opt', 'mem_opt'"),
+}
+CASES = [(name, value, message) for name, (values, message) in BAD.items() for value in values]
+CASES += [
+    ("loss_reduction", 0.0, POSITIVE),
+    ("loss_reduction", -1, POSITIVE),
+    ("loss_reduction", NAN, POSITIVE),
+    ("factor_decay", 1, r"would never forget the first batch; choose a number below 1, such as 0\.95"),
+    ("distribution", 0.0, r"must be a finite number above 0 and at most 1"),
+    ("distribution", 1.5, r"must be a finite number above 0 and at most 1"),
+    ("distribution", NAN, r"must be a finite number above 0 and at most 1"),
+]
+
+
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(("name", "value", "message"), CASES, ids=[f"{name}={value!r}" for name, value, _ in CASES])
+def test_bad_values(name: str, value: Any, message: str) -> None:
+    net = model()
+    with pytest.raises(ValueError, match=message) as error:
+        KFACPreconditioner(net, **({"likelihood": "categorical"} | {name: value}))
+    assert repr(value) in str(error.value)
+    assert name in str(error.value)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("skip", "message"),
+    [("(", r"skip_layers: '\(' is not a regular expression"), ((3,), r"skip_layers: 3 is not a reg")],
+)
+def test_patterns(skip: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KFACPreconditioner(model(), likelihood="categorical", skip_layers=skip)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "opt"}, r"strategy='opt' is unknown; choose one of 'comm_opt', 'mem_opt', 'hybrid'"),
+        ({"strategy": "hybrid"}, r"gradient_worker_fraction=None.*'hybrid' needs it"),
+        ({"gradient_worker_fraction": 0.5}, r"strategy='comm_opt'.*goes with strategy='hybrid'"),
+        ({"strategy": "hybrid", "gradient_worker_fraction": 0}, r"gradient_worker_fraction=0 must be .*at most 1"),
+        ({"backend": "nccl"}, r"backend='nccl' is unknown; choose one of 'auto', 'single', 'torch', 'mpi'"),
+        ({"coarse_backend": "gloo"}, r"coarse_backend='gloo' is unknown"),
+        ({"timeout": 0}, r"timeout=0 must be a finite number above 0"),
+        ({"timeout": INF}, r"timeout=inf must be a finite number above 0"),
+    ],
+)
+def test_distribution(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributionConfig(**options)
+
+
+def test_the_torch_backend_needs_a_process_group() -> None:
+    with pytest.raises(ValueError, match=r"init_process_group\(\) first.*or choose backend='single'"):
+        KFACPreconditioner(model(), "categorical", distribution=DistributionConfig(backend="torch"))
+
+
+def test_good_values_are_kept() -> None:
+    kfac = KFACPreconditioner(
+        model(),
+        likelihood="gaussian",
+        fisher_samples="exact",
+        class_dim=-1,
+        damping=0.5,
+        factor_decay=0.0,
+        loss_reduction=2,
+        skip_layers="^0$",
+        distribution=0.25,
+        seed=2**63 - 1,
+    )
+    assert kfac.config == KFACConfig(
+        likelihood="gaussian",
+        fisher_samples="exact",
+        class_dim=-1,
+        damping=0.5,
+        factor_decay=0.0,
+        loss_reduction=2,
+        skip_layers=("^0$",),
+        seed=2**63 - 1,
+    )
+    assert kfac.distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.25)
+    config = DistributionConfig(strategy="mem_opt")
+    assert DistributionConfig.parse(config) is config
+    with pytest.raises(AttributeError):
+        kfac.config.damping = 1.0  # type: ignore[misc]
+
+
+def test_without_a_likelihood_it_warns_and_is_empirical() -> None:
+    with pytest.warns(
+        UserWarning, match=r"no likelihood is given: the empirical Fisher is used.*\"categorical\""
+    ) as caught:
+        kfac = KFACPreconditioner(model())
+    assert kfac.config.likelihood == "empirical"
+    assert caught[0].filename == __file__  # it points at the user's line
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, NAN, None, "0.1"])
+def test_a_schedule_that_returns_nonsense_is_named_with_its_step(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"damping\(7\)=.*must be a finite number above 0"):
+        evaluate("damping", lambda step: value, 7)
+    net = model()
+    kfac = KFACPreconditioner(net, likelihood="categorical", damping=lambda step: value)
+    logits = net(torch.randn(4, 3))
+    kfac.accumulate()
+    logits.logsumexp(1).mean().backward()
+    with pytest.raises(ValueError, match=r"damping\(0\)="):
+        kfac.step()
+
+
+@pytest.mark.parametrize("value", [0.0, -2.0, NAN, INF])
+def test_divisor_and_scale_of_a_call(value: float) -> None:
+    net = model()
+    kfac = KFACPreconditioner(net, likelihood="empirical")
+    logits = net(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"loss_divisor=.*must be a finite number above 0"):
+        kfac.accumulate(loss_divisor=value)
+    kfac.accumulate()
+    logits.logsumexp(1).mean().backward()
+    with pytest.raises(ValueError, match=r"grad_scale=.*must be a finite number above 0"):
+        kfac.step(grad_scale=value)
+    kfac.step()
