@@ -39,6 +39,32 @@ class LaunchEnvironment:
                 "without left-over variables"
             )
 
+    @property
+    def trainer_options(self) -> str:
+        """What a Trainer must be given to connect all of these processes, such as "devices=2, num_nodes=3"."""
+        if not self.local_size:
+            return "devices=<processes per node>, num_nodes=<nodes>"
+        return f"devices={self.local_size}, num_nodes={-(-self.size // self.local_size)}"
+
+
+def check_world(launched: LaunchEnvironment, connected: int, cure: str) -> None:
+    """Refuse to go on where processes were launched together and train apart, which nobody notices otherwise.
+
+    Args:
+        launched: what the launcher says.
+        connected: number of processes that reach one another.
+        cure: what to do; "{devices}" in it becomes the ``devices`` and ``num_nodes`` that a Trainer needs.
+
+    Raises:
+        ValueError: fewer are connected than were launched.
+    """
+    if connected < launched.size:
+        raise ValueError(
+            f"{launched.launcher} started {launched.size} processes, but this one is connected to "
+            f"{connected - 1} others: they would train apart. Cure: "
+            + cure.replace("{devices}", launched.trainer_options)
+        )
+
 
 def detect_environment(variables: Mapping[str, str]) -> LaunchEnvironment:
     """Read the launcher's variables; the innermost launcher wins.

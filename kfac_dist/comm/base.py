@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
 from kfac_dist.registry import Registry
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class CommunicationError(RuntimeError):
@@ -37,11 +40,35 @@ class Traffic:
         self.payload_bytes.clear()
 
 
+class Pending(Protocol[T_co]):
+    """A collective that was started: leave its tensor alone until :meth:`wait` has returned."""
+
+    def wait(self) -> T_co:
+        """Block until the result is there, and return what the blocking form returns; a second call does the same.
+
+        Raises:
+            CommunicationError: the collective failed or timed out.
+        """
+
+
+@dataclass(frozen=True)
+class Done(Generic[T]):
+    """A collective with nothing left to wait for."""
+
+    result: T
+
+    def wait(self) -> T:
+        """The result."""
+        return self.result
+
+
 @runtime_checkable
 class Communicator(Protocol):
     """Collectives over ``size`` ranks. All ranks call the same methods in the same order, on contiguous tensors.
 
-    One rank alone moves no bytes: at ``size`` 1 nothing is sent and nothing is counted.
+    One rank alone moves no bytes: at ``size`` 1 nothing is sent and nothing is counted. The forms that end in
+    ``_async`` return at once; every rank starts them in the same order among themselves and the blocking ones, and
+    whether anything moves before ``wait()`` is the transport's affair.
 
     A communicator made by :meth:`split` files its traffic in the parent's :class:`Traffic`.
 
@@ -54,6 +81,14 @@ class Communicator(Protocol):
     traffic: Traffic
 
     def __init__(self, process_group: Any = None, timeout: float = 600.0, traffic: Traffic | None = None) -> None: ...
+
+    @staticmethod
+    def world() -> tuple[int, int]:
+        """Rank and size of this process among all that the transport connects, before anything is made.
+
+        Raises:
+            ValueError: the transport cannot run here.
+        """
 
     @property
     def rank(self) -> int:
@@ -74,6 +109,18 @@ class Communicator(Protocol):
 
     def gather(self, tensor: Tensor, dst: int, phase: str) -> list[Tensor] | None:
         """Rank ``dst`` receives every rank's ``tensor`` (equal shapes), in rank order; the others get None."""
+
+    def all_reduce_async(self, tensor: Tensor, phase: str) -> Pending[None]:
+        """Start :meth:`all_reduce`."""
+
+    def reduce_async(self, tensor: Tensor, dst: int, phase: str) -> Pending[None]:
+        """Start :meth:`reduce`."""
+
+    def broadcast_async(self, tensor: Tensor, src: int, phase: str) -> Pending[None]:
+        """Start :meth:`broadcast`."""
+
+    def gather_async(self, tensor: Tensor, dst: int, phase: str) -> Pending[list[Tensor] | None]:
+        """Start :meth:`gather`."""
 
     def barrier(self, phase: str) -> None:
         """Wait for every rank."""

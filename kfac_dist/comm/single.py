@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kfac_dist.comm.base import Communicator, Traffic, check_arguments, communicators, own_group
+from kfac_dist.comm.base import Communicator, Done, Traffic, check_arguments, communicators, own_group
 
 
 @communicators.register("single")
@@ -26,6 +26,11 @@ class SingleCommunicator:
     def __init__(self, process_group: Any = None, timeout: float = 600.0, traffic: Traffic | None = None) -> None:
         self.traffic = Traffic() if traffic is None else traffic
 
+    @staticmethod
+    def world() -> tuple[int, int]:
+        """Rank 0 of 1."""
+        return 0, 1
+
     def all_reduce(self, tensor: Tensor, phase: str) -> None:
         """The sum over one rank is the tensor."""
         check_arguments("all_reduce", self.size, tensor)
@@ -42,6 +47,25 @@ class SingleCommunicator:
         """A list of one copy, as the other backends hand out new tensors."""
         check_arguments("gather", self.size, tensor, dst)
         return [tensor.clone()]
+
+    def all_reduce_async(self, tensor: Tensor, phase: str) -> Done[None]:
+        """Done at once."""
+        self.all_reduce(tensor, phase)
+        return Done(None)
+
+    def reduce_async(self, tensor: Tensor, dst: int, phase: str) -> Done[None]:
+        """Done at once."""
+        self.reduce(tensor, dst, phase)
+        return Done(None)
+
+    def broadcast_async(self, tensor: Tensor, src: int, phase: str) -> Done[None]:
+        """Done at once."""
+        self.broadcast(tensor, src, phase)
+        return Done(None)
+
+    def gather_async(self, tensor: Tensor, dst: int, phase: str) -> Done[list[Tensor] | None]:
+        """Done at once."""
+        return Done(self.gather(tensor, dst, phase))
 
     def barrier(self, phase: str) -> None:
         """Nobody to wait for."""

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from kfac_dist.comm.base import CommunicationError, Communicator, Traffic, check_arguments, communicators, own_group
+from kfac_dist.comm.base import (
+    CommunicationError,
+    Communicator,
+    Done,
+    Pending,
+    Traffic,
+    check_arguments,
+    communicators,
+    own_group,
+)
 
 T = TypeVar("T")
 
@@ -21,6 +32,24 @@ T = TypeVar("T")
 def is_initialised() -> bool:
     """Whether torch.distributed has a default process group in this process."""
     return dist.is_available() and dist.is_initialized()
+
+
+@dataclass(frozen=True)
+class PendingWork(Generic[T]):
+    """A collective of torch.distributed under way.
+
+    Attributes:
+        finish: waits for the transport; raises CommunicationError where it fails.
+        result: what :meth:`wait` hands out.
+    """
+
+    finish: Callable[[], object]
+    result: T
+
+    def wait(self) -> T:
+        """Wait, and return the result."""
+        self.finish()
+        return self.result
 
 
 @communicators.register("torch")
@@ -41,11 +70,7 @@ class TorchCommunicator:
     def __init__(
         self, process_group: dist.ProcessGroup | None = None, timeout: float = 600.0, traffic: Traffic | None = None
     ) -> None:
-        if not is_initialised():
-            raise ValueError(
-                "the torch backend needs torch.distributed: call torch.distributed.init_process_group() first "
-                "(Lightning's DDP strategy does), or choose backend='single'"
-            )
+        self.world()
         self.traffic = Traffic() if traffic is None else traffic
         self._timeout = timeout
         self._children: list[Communicator] = []
@@ -62,6 +87,20 @@ class TorchCommunicator:
             )
         self._group = process_group
 
+    @staticmethod
+    def world() -> tuple[int, int]:
+        """Rank and size of this process in the default group.
+
+        Raises:
+            ValueError: torch.distributed is not initialised.
+        """
+        if not is_initialised():
+            raise ValueError(
+                "the torch backend needs torch.distributed: call torch.distributed.init_process_group() first "
+                "(Lightning's DDP strategy does), or choose backend='single'"
+            )
+        return dist.get_rank(), dist.get_world_size()
+
     def _guard(self, operation: str, phase: str, collective: Callable[[], T]) -> T:
         """Run ``collective``; name phase, operation, rank and size where it fails."""
         where = f"{phase}: {operation} on rank {self.rank} of {self.size}"
@@ -72,33 +111,62 @@ class TorchCommunicator:
         except Exception as error:
             raise CommunicationError(f"{where} failed: {error}") from error
 
-    def _send(self, operation: str, phase: str, tensor: Tensor, root: int, collective: Callable[[], object]) -> None:
+    def _run(
+        self,
+        operation: str,
+        phase: str,
+        tensor: Tensor,
+        result: T,
+        root: int = 0,
+        async_op: bool = False,
+        **options: Any,
+    ) -> Pending[T]:
+        """Run or begin a collective of torch.distributed; ``result`` is right once it has ended."""
         check_arguments(operation, self.size, tensor, root)
-        if self.size > 1:
-            self.traffic.record(phase, tensor)
-            self._guard(operation, phase, collective)
+        if self.size == 1:
+            return Done(result)
+        self.traffic.record(phase, tensor)
+        collective = partial(getattr(dist, operation), tensor, group=self._group, async_op=async_op, **options)
+        work = self._guard(operation, phase, collective)
+        # A work that is not asked for is none: NCCL then stays on the stream that it was called from.
+        return PendingWork(lambda: self._guard(operation, phase, work.wait), result) if async_op else Done(result)
+
+    def _gather(self, tensor: Tensor, dst: int, phase: str, async_op: bool) -> Pending[list[Tensor] | None]:
+        # A clone of the own tensor is right for one rank and is overwritten, by itself, for more.
+        received = [tensor.clone() for _ in range(self.size)] if self.rank == dst else None
+        return self._run("gather", phase, tensor, received, dst, async_op, gather_list=received, group_dst=dst)
 
     def all_reduce(self, tensor: Tensor, phase: str) -> None:
         """Sum ``tensor`` over the ranks, in place, on every rank."""
-        self._send("all_reduce", phase, tensor, 0, lambda: dist.all_reduce(tensor, group=self._group))
+        self._run("all_reduce", phase, tensor, None)
 
     def reduce(self, tensor: Tensor, dst: int, phase: str) -> None:
         """Sum ``tensor`` over the ranks into rank ``dst``; elsewhere its content is undefined afterwards."""
-        self._send("reduce", phase, tensor, dst, lambda: dist.reduce(tensor, group=self._group, group_dst=dst))
+        self._run("reduce", phase, tensor, None, dst, group_dst=dst)
 
     def broadcast(self, tensor: Tensor, src: int, phase: str) -> None:
         """Overwrite ``tensor`` by rank ``src``'s, in place."""
-        self._send("broadcast", phase, tensor, src, lambda: dist.broadcast(tensor, group=self._group, group_src=src))
+        self._run("broadcast", phase, tensor, None, src, group_src=src)
 
     def gather(self, tensor: Tensor, dst: int, phase: str) -> list[Tensor] | None:
         """Rank ``dst`` receives every rank's ``tensor`` (equal shapes), in rank order; the others get None."""
-        here = self.rank == dst
-        # A clone of the own tensor is right for one rank and is overwritten, by itself, for more.
-        received = [tensor.clone() for _ in range(self.size)] if here else None
-        self._send(
-            "gather", phase, tensor, dst, lambda: dist.gather(tensor, received, group=self._group, group_dst=dst)
-        )
-        return received
+        return self._gather(tensor, dst, phase, async_op=False).wait()
+
+    def all_reduce_async(self, tensor: Tensor, phase: str) -> Pending[None]:
+        """Start :meth:`all_reduce`."""
+        return self._run("all_reduce", phase, tensor, None, async_op=True)
+
+    def reduce_async(self, tensor: Tensor, dst: int, phase: str) -> Pending[None]:
+        """Start :meth:`reduce`."""
+        return self._run("reduce", phase, tensor, None, dst, async_op=True, group_dst=dst)
+
+    def broadcast_async(self, tensor: Tensor, src: int, phase: str) -> Pending[None]:
+        """Start :meth:`broadcast`."""
+        return self._run("broadcast", phase, tensor, None, src, async_op=True, group_src=src)
+
+    def gather_async(self, tensor: Tensor, dst: int, phase: str) -> Pending[list[Tensor] | None]:
+        """Start :meth:`gather`."""
+        return self._gather(tensor, dst, phase, async_op=True)
 
     def barrier(self, phase: str) -> None:
         """Wait for every rank; no payload, so nothing is counted."""

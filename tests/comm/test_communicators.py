@@ -52,6 +52,36 @@ def check_collectives(comm: Communicator) -> None:
     assert comm.traffic.payload_bytes == ({"factors": 20, "inverses": 72} if counted else {})
 
 
+def check_pending(comm: Communicator) -> None:
+    """The non-blocking forms, several under way at once, some beside a blocking one, waited for in another order."""
+    rank, size, last = comm.rank, comm.size, comm.size - 1
+    total = sum((value(r) for r in range(size)), torch.zeros(2, 3, dtype=torch.float64))
+    comm.traffic.clear()
+    reduced, summed, sent, gathered = (value(rank) for _ in range(4))
+    pending = [
+        comm.all_reduce_async(summed, "sums"),
+        comm.reduce_async(reduced, last, "sums"),
+        comm.broadcast_async(sent, last, "inverses"),
+        comm.gather_async(gathered, last, "sums"),
+    ]
+    comm.all_reduce(between := value(rank), "between")
+    assert torch.equal(between, total)
+    results = [each.wait() for each in reversed(pending)]
+    received = results[0]
+    assert results[1:] == [None, None, None]
+    assert torch.equal(summed, total)
+    assert torch.equal(sent, value(last))
+    assert torch.equal(gathered, value(rank))
+    assert (received is not None) == (rank == last)
+    if received is not None:
+        assert torch.equal(reduced, total)
+        assert all(torch.equal(there, value(r)) for r, there in enumerate(received))
+        assert all(there.data_ptr() != gathered.data_ptr() for there in received)
+    assert pending[3].wait() is received  # waiting twice gives the same
+    assert torch.equal(summed, total)
+    assert comm.traffic.collectives == ({"sums": 3, "inverses": 1, "between": 1} if size > 1 else {})
+
+
 def check_arguments(comm: Communicator) -> None:
     comm.traffic.clear()
     crooked = torch.zeros(2, 3).t()
@@ -60,6 +90,10 @@ def check_arguments(comm: Communicator) -> None:
         lambda: comm.reduce(crooked, 0, "factors"),
         lambda: comm.broadcast(crooked, 0, "factors"),
         lambda: comm.gather(crooked, 0, "factors"),
+        lambda: comm.all_reduce_async(crooked, "factors"),
+        lambda: comm.reduce_async(crooked, 0, "factors"),
+        lambda: comm.broadcast_async(crooked, 0, "factors"),
+        lambda: comm.gather_async(crooked, 0, "factors"),
     ):
         with pytest.raises(ValueError, match=r"shape \(3, 2\) with strides \(1, 3\) is not contiguous"):
             call()
@@ -67,6 +101,7 @@ def check_arguments(comm: Communicator) -> None:
         lambda: comm.reduce(torch.zeros(1), comm.size, "factors"),
         lambda: comm.broadcast(torch.zeros(1), -1, "factors"),
         lambda: comm.gather(torch.zeros(1), comm.size, "factors"),
+        lambda: comm.gather_async(torch.zeros(1), -1, "factors"),
     ):
         with pytest.raises(ValueError, match=f"below the number of ranks, {comm.size}"):
             call()
@@ -106,7 +141,9 @@ def check_split(comm: Communicator) -> None:
 def conformance(rank: int, world_size: int, backend: str) -> tuple[int, int]:
     comm = make_communicator(backend, timeout=30.0)
     assert isinstance(comm, Communicator)
+    assert type(comm).world() == (comm.rank, comm.size)
     check_collectives(comm)
+    check_pending(comm)
     check_arguments(comm)
     check_split(comm)
     comm.close()
