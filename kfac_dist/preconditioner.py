@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from kfac_dist.assignment import Assignment
 from kfac_dist.checkpoint import load, save
 from kfac_dist.coarse import coarse_spaces
-from kfac_dist.comm import make_communicator
+from kfac_dist.comm import make_channel, make_communicator
 from kfac_dist.compat import unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
 from kfac_dist.fine import Fine
@@ -123,7 +123,9 @@ class KFACPreconditioner:
         self._one = OneLevel(
             self.layers, self.config, self.distribution, self._world, eigen=space is not None and space.uses_eigenbases
         )
-        self._two = None if self.coarse is None else TwoLevel(self.coarse, self._world)
+        channel = self.distribution.coarse_backend if self.coarse is not None else None
+        self._coarse_world = make_channel(channel, self._world, self.distribution.timeout, self._one.device)
+        self._two = None if self.coarse is None else TwoLevel(self.coarse, self._coarse_world)
         self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
         self._samples: Samples | None = None
         self._step = 0
@@ -363,6 +365,7 @@ class KFACPreconditioner:
         """Remove every hook and give back what was made; idempotent."""
         self._fisher.capture.close()
         self._samples = None
+        self._coarse_world.close()
         self._world.close()
 
 
