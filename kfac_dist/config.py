@@ -52,8 +52,8 @@ class DistributionConfig:
     Attributes:
         strategy: "comm_opt" (every rank holds every inverse), "mem_opt" (one rank per layer holds them and sends the
             preconditioned gradient each step) or "hybrid" (the fraction below).
-        gradient_worker_fraction: share of the ranks that hold a layer's inverses, in (0, 1]; only for "hybrid". It is
-            rounded to the nearest divisor of the world size.
+        gradient_worker_fraction: share of the ranks that hold a layer's inverses, in (0, 1]; it makes the strategy
+            "hybrid". It is rounded to the nearest divisor of the world size.
         backend: "auto" takes torch.distributed where it is initialised, else one process.
         coarse_backend: a channel of its own for the coarse level; None: the same as the fine level's.
         average_gradients: let ``step`` average ``param.grad`` over the ranks (without DDP).
@@ -69,6 +69,8 @@ class DistributionConfig:
 
     def __post_init__(self) -> None:
         check_choice("strategy", self.strategy, ("comm_opt", "mem_opt", "hybrid"))
+        if self.strategy == "comm_opt" and self.gradient_worker_fraction is not None:
+            object.__setattr__(self, "strategy", "hybrid")
         if (self.strategy == "hybrid") != (self.gradient_worker_fraction is not None):
             raise ValueError(
                 f"strategy={self.strategy!r} with gradient_worker_fraction={self.gradient_worker_fraction!r}: "
@@ -96,6 +98,7 @@ class DistributionConfig:
         return cls(strategy="hybrid", gradient_worker_fraction=float(value))
 
 
+RATE_FREE_SPACES = ("layer_step_momentum", "scalar_momentum")
 CORRECTIONS = ("error_minimizing", "additive", "deflated", "balanced")
 
 
@@ -115,7 +118,9 @@ class CoarseConfig:
             "auto": max(256, 4 m); None: all of them. Raw layer inputs and output gradients of these samples live
             until the next curvature batch.
         damping: lam_c, which takes the place of the fine damping everywhere in the coarse level; None: the fine
-            damping; a number; a function of the step; or "adaptive" (Levenberg-Marquardt).
+            damping; a number; a function of the step; "adaptive" (Levenberg-Marquardt, which needs the loss: a closure
+            in plain loops); or "auto": adaptive where ``step`` gets a closure, else the fine damping, with a warning.
+            "auto" is what the bare names of the learning-rate-free spaces stand for.
         initial_damping: where "adaptive" starts.
         variant: "largest" or "smallest" for "spectral"; "nicolaides" or "residual" for "krylov".
     """
@@ -125,7 +130,7 @@ class CoarseConfig:
     correction: str | None = None
     every_n_steps: int = 1
     max_samples: int | Literal["auto"] | None = "auto"
-    damping: Schedule | Literal["adaptive"] | None = None
+    damping: Schedule | Literal["adaptive", "auto"] | None = None
     initial_damping: float = 1.0
     variant: str | None = None
 
@@ -140,7 +145,7 @@ class CoarseConfig:
         if self.max_samples not in (None, "auto"):
             check_positive_int("max_samples", self.max_samples)
         if isinstance(self.damping, str):
-            check_choice("coarse damping", self.damping, ("adaptive",))
+            check_choice("coarse damping", self.damping, ("adaptive", "auto"))
         elif self.damping is not None and not callable(self.damping):
             check_number("coarse damping", self.damping, 0.0, open_low=True)
         check_number("initial_damping", self.initial_damping, 0.0, open_low=True)
@@ -148,7 +153,9 @@ class CoarseConfig:
     @classmethod
     def parse(cls, value: str | CoarseConfig | None) -> CoarseConfig | None:
         """None, the name of a space, or a finished configuration."""
-        return cls(space=value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        return cls(space=value, damping="auto" if value in RATE_FREE_SPACES else None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -303,7 +303,17 @@ class KFACPreconditioner:
             self.check_optimizer(lr)
         if self.config.kl_clip is not None and lr is None:
             self._warn_once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
-        if self._two is not None and self._two.adaptive and closure is None:
+        if self._two is None or self._two.has_loss:
+            return
+        self._two.has_loss = closure is not None
+        if closure is None and self._two.config.damping == "auto":
+            self._warn_once(
+                "auto",
+                f"coarse={self._two.config.space!r}: the coarse damping cannot adapt, because step() got no closure, and "
+                "equals the fine damping; pass step(closure=lambda: loss of the same batch), or a number in "
+                "CoarseConfig(damping=..)",
+            )
+        if closure is None and self._two.adaptive:
             raise ValueError(
                 'coarse damping="adaptive" compares the loss before and after an update: pass '
                 "kfac.step(closure=lambda: loss of the same batch), or choose a number"

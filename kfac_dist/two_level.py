@@ -84,6 +84,7 @@ class TwoLevel:
         self.momentum: dict[str, Tensor] | None = None
         self.report: dict[str, float] = {}
         self.dimension = 0
+        self.has_loss = False
         self._communicator = communicator
         self.trust = LevenbergMarquardt(config.initial_damping)
         self._kept: Tensor | None = None  # coefficients of the last solve, for the steps in between
@@ -95,14 +96,14 @@ class TwoLevel:
     @property
     def adaptive(self) -> bool:
         """Whether lam_c follows the Levenberg-Marquardt rule."""
-        return self.config.damping == "adaptive"
+        return self.config.damping == "adaptive" or (self.config.damping == "auto" and self.has_loss)
 
     def damping(self, step: int, fine_damping: float) -> float:
         """lam_c of this step."""
         if self.config.damping is None:
             return fine_damping
         if isinstance(self.config.damping, str):
-            return self.trust.damping
+            return self.trust.damping if self.adaptive else fine_damping
         return evaluate("coarse damping", self.config.damping, step)
 
     def quota(self, layers: int) -> int | None:
