@@ -215,7 +215,8 @@ class Fisher:
             raise RuntimeError(
                 f"the sampled-target pass could not go back through the graph ({error}). Call accumulate() after the "
                 "forward and BEFORE loss.backward(), and kfac.forget() after a forward that is not trained on; use "
-                "activation checkpointing with use_reentrant=False; under torch.compile set torch._functorch.config.donated_buffer=False before the first call"
+                "activation checkpointing with use_reentrant=False; under torch.compile set "
+                "torch._functorch.config.donated_buffer=False before the first call"
             ) from error
 
     def _check_logits(self, output: Tensor) -> None:

@@ -309,8 +309,8 @@ class KFACPreconditioner:
         if closure is None and self._two.config.damping == "auto":
             self._warn_once(
                 "auto",
-                f"coarse={self._two.config.space!r}: the coarse damping cannot adapt, because step() got no closure, and "
-                "equals the fine damping; pass step(closure=lambda: loss of the same batch), or a number in "
+                f"coarse={self._two.config.space!r}: the coarse damping cannot adapt, because step() got no closure, "
+                "and equals the fine damping; pass step(closure=lambda: loss of the same batch), or a number in "
                 "CoarseConfig(damping=..)",
             )
         if closure is None and self._two.adaptive:

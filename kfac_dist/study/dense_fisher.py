@@ -45,7 +45,7 @@ class DenseFisher:
 
     def _columns(self, model: nn.Module, parameters: Mapping[str, Tensor], x: Tensor, cotangent: Tensor) -> Tensor:
         def single(sample: Tensor, gradient: Tensor) -> dict[str, Tensor]:
-            _, back = vjp(lambda p: functional_call(model, p, (sample[None],)), dict(parameters))
+            back = vjp(lambda p: functional_call(model, p, (sample[None],)), dict(parameters))[1]
             return back(gradient[None])[0]
 
         parts = vmap(single, chunk_size=64)(x, cotangent)
