@@ -17,9 +17,7 @@ from kfac_dist.callbacks import KFAC
 
 FEATURES, HIDDEN, CLASSES = 5, 4, 3
 BATCH = 8
-NOISE = (
-    ".*(does not have many workers|treespec|no `val_dataloader`|number of training batches|module.s. in eval mode).*"
-)
+NOISE = ".*(many workers|treespec|no `val_dataloader`|number of training batches|in eval mode|`srun`).*"
 
 
 def data(samples: int = 3 * BATCH) -> TensorDataset:
@@ -154,9 +152,9 @@ def fit(
     **options: Any,
 ) -> pl.Trainer:
     """Train; the Trainer afterwards."""
-    made = trainer(callbacks, **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=NOISE)
+        made = trainer(callbacks, **options)
         made.fit(model, loader() if train is None else train, validation, ckpt_path=ckpt_path)
     return made
 
