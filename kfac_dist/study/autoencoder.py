@@ -65,7 +65,7 @@ class Autoencoder(pl.LightningModule):
         self,
         widths: Sequence[int] = (784, 1000, 500, 250, 30),
         activation: Literal["relu", "tanh", "sigmoid"] = "relu",
-        init: Literal["default", "xavier", "kaiming"] = "default",
+        init: Literal["default", "xavier", "kaiming"] = "xavier",
         lr: float = 3e-3,
         momentum: float = 0.9,
     ) -> None:
