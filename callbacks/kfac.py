@@ -27,10 +27,11 @@ from kfac_dist.callbacks.checks import (
     warn_of_optimizer,
 )
 from kfac_dist.callbacks.logs import log
-from kfac_dist.callbacks.options import check_options, entry, exactly, parse_distribution
+from kfac_dist.callbacks.options import check_options, entry, exactly, parse_coarse, parse_distribution
+from kfac_dist.callbacks.trial import Trial
 from kfac_dist.callbacks.window import Window
 from kfac_dist.compat import is_compiled, open_compiled_code
-from kfac_dist.config import DistributionConfig
+from kfac_dist.config import CoarseConfig, DistributionConfig
 from kfac_dist.preconditioner import KFACPreconditioner
 
 
@@ -59,6 +60,8 @@ class KFAC(pl.Callback):
         loss_reduction: how the loss is formed from the samples' negative log-likelihoods: "mean" over samples, "sum",
             "mean_all" over all targets (``nn.MSELoss()``), or a number c for c times the mean over samples.
         skip_layers: regular expressions on module and class names.
+        coarse: None: one level; the name of a coarse space; or a CoarseConfig or its keywords. Where its damping
+            adapts, a silent copy of the module evaluates the loss again, at the first 20 steps and every fifth after.
         distribution: "comm_opt", "mem_opt", a gradient-worker fraction, or a DistributionConfig or its keywords.
         seed: of the sampled targets.
         clip_raw_gradients: bound on the norm of the gradients before they are preconditioned; None: off.
@@ -86,6 +89,7 @@ class KFAC(pl.Callback):
         kl_clip: float | None = None,
         loss_reduction: float | Literal["mean", "sum", "mean_all"] = "mean",
         skip_layers: str | Sequence[str] = (),
+        coarse: str | CoarseConfig | dict[str, Any] | None = None,
         distribution: float | Literal["comm_opt", "mem_opt"] | DistributionConfig | dict[str, Any] = "comm_opt",
         seed: int = 0,
         clip_raw_gradients: float | None = None,
@@ -111,6 +115,7 @@ class KFAC(pl.Callback):
         }
         with misconfigurations():
             check_options(self._options, clip_raw_gradients, log_every_n_steps)
+            self._options["coarse"] = parse_coarse(coarse)
             self._distribution = parse_distribution(distribution)
         self.clip_raw_gradients = clip_raw_gradients
         self.log_every_n_steps = log_every_n_steps
@@ -122,6 +127,7 @@ class KFAC(pl.Callback):
         self._restore_compiler: Callable[[], None] | None = None
         self._batch: dict[str, Any] = {}
         self._window = Window()
+        self._trial: Trial | None = None
 
     @property
     def preconditioner(self) -> KFACPreconditioner | None:
@@ -156,8 +162,12 @@ class KFAC(pl.Callback):
         options = self._options | {"skip_layers": (*self._options["skip_layers"], *skip)}
         with misconfigurations():
             self._core = KFACPreconditioner(pl_module, **options, distribution=self._distribution_of(trainer))
+            self._core.check_optimizer(optimizer)
             if self._state:
                 self._core.load_state_dict(self._state)
+        self._trial = None
+        if self._core.uses_loss and (pl_module.automatic_optimization or self._core.needs_loss):
+            self._trial = Trial(trainer, pl_module)
         self._batch = {}
         self._window = Window()
 
@@ -183,7 +193,7 @@ class KFAC(pl.Callback):
     def _close(self) -> None:
         core, self._core = self._core, None
         restore, self._restore_compiler = self._restore_compiler, None
-        self._batch = {}
+        self._batch, self._trial = {}, None
         try:
             if core is not None:
                 core.close()
@@ -203,6 +213,8 @@ class KFAC(pl.Callback):
             return
         self._core.forget()
         self._window.begin_batch()
+        if self._trial is not None and self._core.wants_loss:
+            self._trial.keep(batch, batch_idx)
         self._batch = {
             "sample_ids": entry(batch, "sample_ids_key", self.sample_ids_key),
             "mask": entry(batch, "mask_key", self.mask_key),
@@ -229,7 +241,10 @@ class KFAC(pl.Callback):
                 parameters = [p for group in optimizer.param_groups for p in group["params"]]
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip_raw_gradients)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            self._core.step(lr=optimizer, grad_scale=1.0 if scaler is None else float(scaler.get_scale()))
+            grad_scale = 1.0 if scaler is None else float(scaler.get_scale())
+            self._core.step(lr=optimizer, grad_scale=grad_scale, closure=self._trial)
+        if self._trial is not None:
+            self._trial.clear()
         log(self._core.metrics, self.log_every_n_steps, trainer, pl_module)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from kfac_dist.config import DistributionConfig, KFACConfig, check_number
+from kfac_dist.coarse import coarse_spaces
+from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, check_number
 from kfac_dist.likelihoods import likelihoods
 
 
@@ -44,6 +45,24 @@ def parse_distribution(value: str | float | DistributionConfig | Mapping[str, An
     if unknown:
         raise ValueError(f"distribution has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
     return DistributionConfig(**value)
+
+
+def parse_coarse(value: str | CoarseConfig | Mapping[str, Any] | None) -> CoarseConfig | None:
+    """None, the name of a coarse space, a configuration or its keywords.
+
+    Raises:
+        ValueError: an unknown name or keyword, or a value out of its bounds.
+    """
+    if isinstance(value, Mapping):
+        known = [field.name for field in fields(CoarseConfig)]
+        unknown = sorted(set(value) - set(known))
+        if unknown:
+            raise ValueError(f"coarse has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+        value = CoarseConfig(**value)
+    config = CoarseConfig.parse(value)
+    if config is not None:
+        coarse_spaces[config.space](config)
+    return config
 
 
 def exactly(name: str) -> str:

@@ -142,6 +142,21 @@ class KFACPreconditioner:
         """Which rank inverts which factor, and which ranks precondition which layer."""
         return self._one.assignment
 
+    @property
+    def uses_loss(self) -> bool:
+        """Whether a closure for :meth:`step` is of use: the coarse damping can adapt."""
+        return self._two is not None and self._two.config.damping in ("adaptive", "auto")
+
+    @property
+    def needs_loss(self) -> bool:
+        """Whether :meth:`step` insists on a closure."""
+        return self._two is not None and self._two.config.damping == "adaptive"
+
+    @property
+    def wants_loss(self) -> bool:
+        """Whether the next step will call its closure."""
+        return self.uses_loss and self._two is not None and self._two.trust.due(self._step)
+
     # -- the training loop's calls --------------------------------------------------------------------------------
 
     def accumulate(self, sample_ids: Tensor | None = None, mask: Tensor | None = None, loss_divisor: float = 1) -> None:
@@ -268,6 +283,7 @@ class KFACPreconditioner:
             two.report |= {"coarse/reduction_ratio": ratio}
             if two.trust.judge(ratio):
                 break
+        two.report_coefficients(correction)
         two.report |= {"coarse/damping": lam, "coarse/failures": two.failures, "coarse/dimension": two.dimension}
         finite = two.space.uses_momentum and bool(torch.isfinite(update.products).all())
         two.remember(update.directions, update.scale, update.corrected, finite)

@@ -20,6 +20,7 @@ from kfac_dist.coarse_solver import CoarseOperator, Status, factorise
 from kfac_dist.comm import Communicator
 from kfac_dist.config import CoarseConfig, evaluate
 from kfac_dist.fine import Fine
+from kfac_dist.metrics import MetricValue
 from kfac_dist.samples import Samples
 from kfac_dist.trust import LevenbergMarquardt
 
@@ -82,7 +83,7 @@ class TwoLevel:
         self.failures = 0
         self.solves = 0
         self.momentum: dict[str, Tensor] | None = None
-        self.report: dict[str, float] = {}
+        self.report: dict[str, MetricValue] = {}
         self.dimension = 0
         self.has_loss = False
         self._communicator = communicator
@@ -312,6 +313,16 @@ class TwoLevel:
             "coarse/rank": float((operator.matrix.diagonal() > 0).sum()),
             "coarse/samples": float(sums["samples"]),
         }
+
+    def report_coefficients(self, correction: Correction | None) -> None:
+        """The raw coefficients, layer by layer: for a space with zeta, the first is the step size of the layer."""
+        self.report = {key: value for key, value in self.report.items() if not key.startswith("coarse/beta/")}
+        if correction is None:
+            return
+        owners = ["network"] if correction.basis.spans_network else correction.basis.names
+        for i, owner in enumerate(owners):
+            for j in range(correction.basis.count):
+                self.report[f"coarse/beta/{owner}/{j}"] = correction.coefficients[i, j]
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
