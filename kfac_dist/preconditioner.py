@@ -18,8 +18,9 @@ from kfac_dist.compat import unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
 from kfac_dist.fine import Fine
 from kfac_dist.fisher import Fisher
-from kfac_dist.layers import Layer, find_layers
+from kfac_dist.layers import find_layers
 from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
+from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
 from kfac_dist.rate_free import check_rate_free
 from kfac_dist.replicas import average_gradients
@@ -112,7 +113,7 @@ class KFACPreconditioner:
         self.distribution = DistributionConfig.parse(distribution)
         self.model = unwrap(model)
         self.layers, refused = find_layers(self.model, self.config.skip_layers)
-        _check_layers(self.model, self.layers, refused)
+        check_layers(self.model, self.layers, refused)
         space = None if self.coarse is None else coarse_spaces[self.coarse.space](self.coarse)
         if space is not None and space.needs_output_factor and factor_sides == "input":
             raise ValueError(
@@ -129,13 +130,11 @@ class KFACPreconditioner:
         self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
         self._samples: Samples | None = None
         self._step = 0
-        self._warned: set[str] = set()
+        self._notices = Notices(self._world.rank)
         self._timer = PhaseTimer(self._one.device)
         self.metrics = Metrics()
         self._begin()
-        if refused:
-            named = "; ".join(f"{name} ({reason})" for name, reason in refused.items())
-            self._warn_once("refused", f"these modules keep their plain gradient: {named}")
+        self._notices.refused(refused)
 
     @property
     def assignment(self) -> Assignment:
@@ -248,7 +247,8 @@ class KFACPreconditioner:
             self._fisher.check_training_scale(grad_scale)
             if not self._one.update_factors(self._fisher.statistics):
                 return
-            self._warn_of_silent_layers()
+            silent = [name for name, state in self._one.states.items() if state.updates == 0]
+            self._notices.silent(silent, self._fisher.capture.recomputed)
         if self._fisher.samples is not None:
             if empirical:
                 self._fisher.samples.rescale(1.0 / grad_scale)
@@ -314,16 +314,15 @@ class KFACPreconditioner:
             check_rate_free(optimizer, covered, self._two.config.space)
 
     def _check_step(self, lr: float | Optimizer | None, closure: Callable[[], Tensor] | None) -> None:
-        if isinstance(lr, Optimizer) and "optimizer" not in self._warned:
-            self._warned.add("optimizer")
+        if isinstance(lr, Optimizer) and self._notices.first("optimizer"):
             self.check_optimizer(lr)
         if self.config.kl_clip is not None and lr is None:
-            self._warn_once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
+            self._notices.once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
         if self._two is None or self._two.has_loss:
             return
         self._two.has_loss = closure is not None
         if closure is None and self._two.config.damping == "auto":
-            self._warn_once(
+            self._notices.once(
                 "auto",
                 f"coarse={self._two.config.space!r}: the coarse damping cannot adapt, because step() got no closure, "
                 "and equals the fine damping; pass step(closure=lambda: loss of the same batch), or a number in "
@@ -334,24 +333,6 @@ class KFACPreconditioner:
                 'coarse damping="adaptive" compares the loss before and after an update: pass '
                 "kfac.step(closure=lambda: loss of the same batch), or choose a number"
             )
-
-    def _warn_once(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            if self._world.rank == 0:
-                warnings.warn(message, stacklevel=3)
-
-    def _warn_of_silent_layers(self) -> None:
-        silent = [name for name, state in self._one.states.items() if state.updates == 0]
-        if silent:
-            reentrant = any(name in self._fisher.capture.recomputed for name in silent)
-            cause = (
-                "they were only seen while a checkpointed forward was recomputed: use use_reentrant=False"
-                if reentrant
-                else "their hooks did not fire on the way to the logits (unused, called without __call__, or compiled "
-                "before K-FAC was built)"
-            )
-            self._warn_once("silent", f"these layers keep their plain gradient: {', '.join(silent)}; {cause}")
 
     # -- for the user ---------------------------------------------------------------------------------------------
 
@@ -393,12 +374,3 @@ class KFACPreconditioner:
         self._samples = None
         self._coarse_world.close()
         self._world.close()
-
-
-def _check_layers(model: nn.Module, layers: Sequence[Layer], refused: Mapping[str, str]) -> None:
-    if not layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it trains no such module"
-        raise ValueError(f"{type(model).__name__} has no layer that K-FAC can treat ({reasons}); check skip_layers")
-    devices = {str(layer.device) for layer in layers}
-    if len(devices) > 1:
-        raise ValueError(f"the layers lie on several devices ({', '.join(sorted(devices))}); put the model on one")

@@ -1,0 +1,59 @@
+"""What the user is told once: modules that K-FAC leaves alone, and settings that fall back to something."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+from torch import nn
+
+from kfac_dist.layers import Layer
+
+
+class Notices:
+    """Warnings that are given once, on rank 0."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._given: set[str] = set()
+
+    def first(self, key: str) -> bool:
+        """Whether this is the first time that ``key`` comes up."""
+        if key in self._given:
+            return False
+        self._given.add(key)
+        return True
+
+    def once(self, key: str, message: str) -> None:
+        """Warn, the first time."""
+        if self.first(key) and self._rank == 0:
+            warnings.warn(message, stacklevel=4)
+
+    def refused(self, reasons: Mapping[str, str]) -> None:
+        """Name the modules that no layer type treats, with the reasons."""
+        if reasons:
+            named = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+            self.once("refused", f"these modules keep their plain gradient: {named}")
+
+    def silent(self, names: Sequence[str], recomputed: Collection[str]) -> None:
+        """Name the layers whose hooks did not fire in the first curvature batch."""
+        if not names:
+            return
+        if any(name in recomputed for name in names):
+            cause = "they were only seen while a checkpointed forward was recomputed: use use_reentrant=False"
+        else:
+            cause = (
+                "their hooks did not fire on the way to the logits (unused, called without __call__, or compiled "
+                "before K-FAC was built)"
+            )
+        self.once("silent", f"these layers keep their plain gradient: {', '.join(names)}; {cause}")
+
+
+def check_layers(model: nn.Module, layers: Sequence[Layer], refused: Mapping[str, str]) -> None:
+    """Raise ValueError where there is nothing to precondition, or where it lies on several devices."""
+    if not layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it trains no such module"
+        raise ValueError(f"{type(model).__name__} has no layer that K-FAC can treat ({reasons}); check skip_layers")
+    devices = {str(layer.device) for layer in layers}
+    if len(devices) > 1:
+        raise ValueError(f"the layers lie on several devices ({', '.join(sorted(devices))}); put the model on one")
