@@ -85,7 +85,7 @@ def train_method(method: Method, arguments: argparse.Namespace, progress: Progre
 def loss_table(curves: Curves, marks: Sequence[int]) -> Table:
     """The losses after the epochs ``marks``, and the seconds of training."""
     table = Table(title="MNIST autoencoder: binary cross-entropy per pixel (nats), lower is better")
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for split in ("training", "held-out"):
         for mark in marks:
             table.add_column(f"{split},\nepoch {mark}", justify="right")
