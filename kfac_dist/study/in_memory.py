@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from kfac_dist.study.resumable import ResumableLoader
+
 Batch = TypeVar("Batch")
 Split = tuple[Tensor, ...]
 """Tensors of one split, all with the same number of samples in dimension 0."""
@@ -104,4 +106,4 @@ class InMemoryDataModule(pl.LightningDataModule):
             raise RuntimeError(f"call {type(self).__name__}.setup() before asking for a data loader; a Trainer does")
         # Workers would only copy between processes what a single gather takes from memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, collate_fn=already_collated)
+        return ResumableLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, collate_fn=already_collated)
