@@ -30,19 +30,25 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
+def nothing(model: nn.Module) -> None:
+    pass
+
+
 def step(
     likelihood: str,
-    between: Callable[[nn.Module], Any] = lambda m: None,
-    early: Callable[[nn.Module], Any] = lambda m: None,
+    before: Callable[[nn.Module], Any] = nothing,
+    early: Callable[[nn.Module], Any] = nothing,
+    late: Callable[[nn.Module], Any] = nothing,
 ) -> list[Tensor]:
-    """Factors and gradients of one step; ``early`` runs before accumulate(), ``between`` after the backward."""
+    """Factors and gradients of a step; disturbed before its forward, before accumulate() and after the backward."""
     model = net()
     kfac = KFACPreconditioner(model, likelihood=likelihood)
+    before(model)
     logits = model(X)
     early(model)
     kfac.accumulate(sample_ids=torch.arange(8))
     F.cross_entropy(logits, Y).backward()
-    between(model)
+    late(model)
     kfac.step()
     layers = kfac.state_dict()["layers"].values()
     result = [layer["factors"][side] for layer in layers for side in "AG"] + [p.grad for p in model.parameters()]
@@ -69,7 +75,8 @@ def copy_and_train(model: nn.Module) -> None:
 def test_other_forwards_are_ignored(likelihood: str, disturb: Callable[[nn.Module], Any]) -> None:
     """Validation in mid-window, a copy of the model at work, modules in evaluation mode."""
     wanted = step(likelihood)
-    for found in (step(likelihood, between=disturb), step(likelihood, early=disturb)):
+    for when in ("before", "early", "late"):
+        found = step(likelihood, **{when: disturb})
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 

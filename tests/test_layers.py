@@ -200,7 +200,11 @@ def test_trap_14_dilated_and_grouped_convolutions_have_factors_of_their_own() ->
     }.items():
         (layer,), _ = find_layers(nn.Conv2d(4, 2, 3, **options).double())
         moments[name] = layer.input_moment(x, torch.float64)
-    assert moments["plain"].shape == moments["dilated"].shape == (1, 37, 37)
+    # Kernel 3 at dilation 2 sees the corners, edge centres and the centre of what a kernel of 5 sees.
+    (wide,), _ = find_layers(nn.Conv2d(4, 2, 5, padding=2).double())
+    seen = torch.arange(100).view(4, 5, 5)[:, ::2, ::2].flatten()
+    seen = torch.cat([seen, torch.tensor([100])])
+    assert torch.allclose(moments["dilated"], wide.input_moment(x, torch.float64)[:, seen][:, :, seen])
     assert (moments["plain"] - moments["dilated"]).norm() > 0.1 * moments["plain"].norm()
     assert moments["grouped"].shape == (2, 19, 19)  # two blocks, and no cross-covariance
     half = torch.cat([torch.arange(18), torch.tensor([36])])
