@@ -95,10 +95,11 @@ def test_the_error_never_grows(
     before, after = (float(dense.error(d)) for d in directions)
     event(f"decrease of more than a tenth: {after < 0.9 * before}")
     assert kfac.metrics["coarse/failures"] == 0
-    assert after <= before * (1 + 1e-12)
+    rounding = 1e-13 * float(dense.error(torch.zeros_like(directions[0])))  # where zeta is zeta* already
+    assert after <= before + rounding
     # Powers of M^-1 F may be parallel but for an angle a > 1e-7: a Gram matrix knows their remainder to eps / a^2.
     tolerance = 1e-4 if space in ("krylov", "pcg", "layer_step_residual") else 1e-10
-    assert abs(before - after - kfac.metrics["coarse/decrease"]) <= tolerance * before
+    assert abs(before - after - kfac.metrics["coarse/decrease"]) <= tolerance * before + rounding
     energy = float(directions[0] @ dense.F_l @ directions[0])
     assert abs(kfac.metrics["coarse/decrease_ratio"] * energy - (before - after)) <= tolerance * before + 1e-12 * energy
     if space in ("nicolaides", "layer_step", "scalar"):  # bases that do not ask how M^-1 is damped
