@@ -206,3 +206,24 @@ def test_without_ids_two_micro_batches_draw_different_targets() -> None:
     kfac.step()
     found = Result(kfac).factors["4", "G"]
     assert not torch.allclose(found, window(case, WHOLE, ids=[torch.arange(12)]).factors["4", "G"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+@pytest.mark.parametrize("reduction", ["mean", "mean_all"])
+def test_a_gradient_scaler_changes_nothing(fisher: str, reduction: str) -> None:
+    """The loss is multiplied, the gradients are unscaled before the step, and ``grad_scale`` says by what."""
+    case, results = ALL["mlp-bernoulli"], []
+    for scale in (1.0, 1024.0):
+        model = case.model()
+        likelihood = "empirical" if fisher == "empirical" else case.likelihood
+        kfac = KFACPreconditioner(model, likelihood=likelihood, seed=3, loss_reduction=reduction)
+        for part in torch.arange(12).split(6):
+            logits = model(case.x[part])
+            kfac.accumulate(sample_ids=part, loss_divisor=2)
+            size = len(part) if reduction == "mean" else case.y[part].numel()
+            (scale * case.sum_loss(logits, case.y[part]) / size / 2).backward()
+        for p in model.parameters():
+            p.grad /= scale
+        kfac.step(grad_scale=scale)
+        results.append(Result(kfac))
+    results[1].assert_equal(results[0])

@@ -49,7 +49,9 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], dict]] = {
 
 
 def gradients(
-    build: Callable[[], nn.Module], options: dict | None, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+    build: Callable[[], nn.Module],
+    options: dict | None,
+    wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda m: m,
 ) -> tuple[list[Tensor], Tensor, Tensor, list[Tensor], KFACPreconditioner | None]:
     """Gradients, loss, the state of the random stream afterwards, buffers; with K-FAC where there are ``options``."""
     torch.manual_seed(1)
@@ -65,7 +67,7 @@ def gradients(
 
 
 def assert_untouched(
-    build: Callable[[], nn.Module], options: dict, wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+    build: Callable[[], nn.Module], options: dict, wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda m: m
 ) -> None:
     plain, loss, stream, buffers, _ = gradients(build, None, wrap)
     found, its_loss, its_stream, its_buffers, kfac = gradients(build, options, wrap)
@@ -96,6 +98,18 @@ def test_they_stay_under_torch_compile(backend: str) -> None:
 
     with functorch_config.patch(donated_buffer=False):
         assert_untouched(build, {"likelihood": "categorical"}, compiled)
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
+def test_they_stay_under_autocast(likelihood: str) -> None:
+    def autocast(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return model(x)
+
+        return forward
+
+    assert_untouched(dropout_net, {"likelihood": likelihood}, autocast)
 
 
 def test_a_model_that_was_compiled_before_is_named() -> None:
