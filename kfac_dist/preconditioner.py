@@ -277,12 +277,15 @@ class KFACPreconditioner:
             update = plan_update(layers, gradients, directions, correction, self.config.kl_clip, lr)
             if not two.adaptive or not two.trust.due(self._step) or closure is None:
                 break
+            if correction is None or not correction.solved:  # lam_c has no part in a one-level step
+                break
             if not bool(torch.isfinite(update.products).all()):
                 break
             ratio = reduction_ratio(self.model, update, gradients, samples, self._world, lam, one.loss_scale, closure)
             two.report |= {"coarse/reduction_ratio": ratio}
             if two.trust.judge(ratio):
                 break
+            two.discard()
         two.report_coefficients(correction)
         two.report |= {"coarse/damping": lam, "coarse/failures": two.failures, "coarse/dimension": two.dimension}
         finite = two.space.uses_momentum and bool(torch.isfinite(update.products).all())

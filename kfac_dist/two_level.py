@@ -300,6 +300,10 @@ class TwoLevel:
         if finite and rows is not None and bool(corrected):
             self._rows = (rows[0], rows[1] * scale.to(rows[1]))
 
+    def discard(self) -> None:
+        """Solve anew at the next call, whatever ``every_n_steps``: kept coefficients were rejected."""
+        self._kept = None
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; the samples are not saved, but captured anew at the first step."""
         return {
@@ -318,11 +322,16 @@ class TwoLevel:
         """Take over a saved state; one of another space, or of a run without one, starts afresh.
 
         Raises:
-            ValueError: the momentum does not fit the layers.
+            ValueError: the momentum does not fit the layers, or a part is missing; nothing is taken over then.
         """
         if saved is None or saved.get("space") != self.config.space:
+            self.momentum, self._kept, self._rows = None, None, None
+            self.trust, self.failures, self.solves = LevenbergMarquardt(self.config.initial_damping), 0, 0
             return
-        momentum = saved["momentum"]
+        missing = self.state_dict().keys() - saved.keys()
+        if missing:
+            raise ValueError(f"the checkpoint's coarse level lacks {', '.join(sorted(missing))}: it is damaged")
+        momentum, kept = saved["momentum"], saved["kept"]
         for name, delta in (momentum or {}).items():
             if name not in shapes or tuple(delta.shape) != shapes[name]:
                 raise ValueError(
@@ -330,7 +339,7 @@ class TwoLevel:
                     f"{shapes.get(name)}; load it into the model it was saved from"
                 )
         self.momentum = None if momentum is None else {n: d.to(like, copy=True) for n, d in momentum.items()}
-        self._kept = None if saved["kept"] is None else saved["kept"].to(device=like.device, copy=True)
+        self._kept = None if kept is None else kept.to(device=like.device, copy=True)
         self._rows = None
-        self.trust.damping, self.trust.again = float(saved["damping"]), bool(saved["again"])
+        self.trust = LevenbergMarquardt(float(saved["damping"]), bool(saved["again"]))
         self.failures, self.solves = int(saved["failures"]), int(saved["solves"])

@@ -137,4 +137,4 @@ def test_nothing_else_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for space in coarse_spaces:
-            first_step(Rolled(), "categorical", coarse=space).close()
+            first_step(Rolled(), "categorical", coarse=CoarseConfig(space=space)).close()
