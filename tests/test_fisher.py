@@ -165,3 +165,30 @@ def test_reentrant_checkpointing_is_named() -> None:
     logits.sum().backward()
     with pytest.warns(UserWarning, match="use_reentrant=False"):
         kfac.step()
+
+
+@pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
+def test_two_forwards_of_one_micro_batch_count_like_two_micro_batches(likelihood: str) -> None:
+    torch.manual_seed(2)
+    model = mlp().double()
+    x, y = torch.randn(2, 6, 5, dtype=torch.float64), torch.randint(0, 3, (2, 6))
+    found = []
+    for together in (True, False):
+        kfac = KFACPreconditioner(model, likelihood=likelihood, fisher_samples="exact")
+        model.zero_grad()
+        if together:
+            first, second = model(x[0]), model(x[1])
+            kfac.accumulate(loss_divisor=2)
+            ((F.cross_entropy(first, y[0]) + F.cross_entropy(second, y[1])) / 2).backward()
+        else:
+            for part in range(2):
+                logits = model(x[part])
+                kfac.accumulate(loss_divisor=2)
+                (F.cross_entropy(logits, y[part]) / 2).backward()
+        kfac.step()
+        found.append([layer["factors"] for layer in kfac.state_dict()["layers"].values()])
+        kfac.close()
+    for one, other in zip(*found, strict=True):
+        assert one["locations"] == other["locations"] == 1
+        assert torch.allclose(one["A"], other["A"], rtol=1e-12)
+        assert torch.allclose(one["G"], other["G"], rtol=1e-12)

@@ -33,6 +33,8 @@ KINDS = {
     "cnn-empirical-factored": Run("cnn", "empirical", empty_forward=True),
     "cnn-empirical-eigen": Run("cnn", "empirical", options={"damping_method": "eigen"}),
     "shared-input-side": Run("shared", options={"factor_sides": "input"}),
+    "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
+    "mlp-empirical-sum": Run("mlp-categorical", "empirical", options={"loss_reduction": "sum", "kl_clip": 0.01}),
     "one-layer": Run("mlp-categorical", options={"skip_layers": ["^0$", "^2$"]}),
 }
 

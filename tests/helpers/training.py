@@ -106,9 +106,10 @@ def advance(
     optimizer.zero_grad()
     if len(part) or run.empty_forward:
         logits = model(case.x[part])
-        kfac.accumulate(sample_ids=part, loss_divisor=1 / scale if scale else 1)
-        loss = case.sum_loss(logits, case.y[part]) / max(len(part), 1)
-        (loss * (scale if len(part) else 0.0)).backward()
+        total = run.options.get("loss_reduction") == "sum"  # what DDP averages are then sums: no weights
+        kfac.accumulate(sample_ids=part, loss_divisor=1 / scale if scale and not total else 1)
+        weight = 1.0 if total else scale / max(len(part), 1)
+        (case.sum_loss(logits, case.y[part]) * weight).backward()
     kfac.step(lr=optimizer)
     gradients = {name: p.grad.clone() for name, p in kfac.model.named_parameters() if p.grad is not None}
     optimizer.step()
