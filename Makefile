@@ -16,12 +16,15 @@ EXTRAS := .[test,dev]
 # Changes with the requirements and with the place of this clone, to which the installation points.
 STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo test lint format
+.PHONY: install demo race test lint format
 
 install: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) -m benchmarks.demo $(ARGS)
+
+race: $(STAMP)
+	$(RUN) -m benchmarks.race $(ARGS)
 
 test: $(STAMP)
 	$(RUN) -m pytest --durations=20 $(ARGS)

@@ -1,9 +1,9 @@
-"""The MNIST autoencoder on two processes: K-FAC, Adam and SGD with momentum, as a table and a plot.
+"""The MNIST autoencoder on two processes: K-FAC, two-level K-FAC, Adam and SGD, as a table and a plot.
 
     python -m benchmarks.demo
 
 Every method trains from the same initial weights on the same batches (256 digits over two ranks) with the settings that
-``benchmarks/tune_baselines.py`` found for it.
+``benchmarks/tune_baselines.py`` found for it; two-level K-FAC (``coarse="layer_step_momentum"``) has no learning rate.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Method:
 
 METHODS = (
     Method("K-FAC", "kfac", "mnist_autoencoder.yaml"),
+    Method("two-level K-FAC", "two_level", "mnist_autoencoder_two_level.yaml"),
     Method("Adam", "adam", "mnist_autoencoder_adam.yaml"),
     Method("SGD with momentum", "sgd", "mnist_autoencoder_sgd.yaml"),
 )
