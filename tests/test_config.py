@@ -72,7 +72,10 @@ def test_patterns(skip: Any, message: str) -> None:
     [
         ({"strategy": "opt"}, r"strategy='opt' is unknown; choose one of 'comm_opt', 'mem_opt', 'hybrid'"),
         ({"strategy": "hybrid"}, r"gradient_worker_fraction=None.*'hybrid' needs it"),
-        ({"gradient_worker_fraction": 0.5}, r"strategy='comm_opt'.*goes with strategy='hybrid'"),
+        (
+            {"strategy": "mem_opt", "gradient_worker_fraction": 0.5},
+            r"strategy='mem_opt' with gradient_worker_fraction=0\.5: the fraction goes with strategy='hybrid'",
+        ),
         ({"strategy": "hybrid", "gradient_worker_fraction": 0}, r"gradient_worker_fraction=0 must be .*at most 1"),
         ({"backend": "nccl"}, r"backend='nccl' is unknown; choose one of 'auto', 'single', 'torch', 'mpi'"),
         ({"coarse_backend": "gloo"}, r"coarse_backend='gloo' is unknown"),
@@ -114,6 +117,7 @@ def test_good_values_are_kept() -> None:
         seed=2**63 - 1,
     )
     assert kfac.distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.25)
+    assert DistributionConfig(gradient_worker_fraction=0.25) == kfac.distribution
     config = DistributionConfig(strategy="mem_opt")
     assert DistributionConfig.parse(config) is config
     with pytest.raises(AttributeError):
