@@ -1,0 +1,230 @@
+"""The adaptive coarse damping: the rule, what the trial leaves behind, the ratio, rejections, ranks, and the state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_dist import CoarseConfig, KFACPreconditioner
+from kfac_dist.trust import HIGHEST, LOWEST, MAX_REJECTIONS, OMEGA, LevenbergMarquardt
+from tests.helpers.cases import Case, cases
+from tests.helpers.coarse_runs import relative
+from tests.helpers.dense_coarse import FIRST_ID, SEED, Dense, flat_gradient
+
+ALL = cases(48)
+LAM, START = 0.03, 0.4
+
+
+def build(case: Case, model: nn.Module, space: str = "layer_step_momentum", **options: Any) -> KFACPreconditioner:
+    coarse = {k: options.pop(k) for k in ("every_n_steps", "correction", "damping") if k in options}
+    config = CoarseConfig(space=space, initial_damping=START, max_samples=None, **({"damping": "adaptive"} | coarse))
+    settings = {"likelihood": case.likelihood, "damping": LAM, "damping_method": "eigen", "seed": SEED}
+    return KFACPreconditioner(model, coarse=config, **(settings | options))
+
+
+def step(
+    case: Case, kfac: KFACPreconditioner, closure: Callable[[], Any] | None, scale: float = 1.0, **options: Any
+) -> None:
+    kfac.model.zero_grad()
+    logits = kfac.model(case.x)
+    kfac.accumulate(sample_ids=torch.arange(FIRST_ID, FIRST_ID + len(case.x)))
+    (scale * case.loss(logits, case.y)).backward()
+    kfac.step(closure=closure, **options)
+
+
+# -- the rule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor", "accepted"),
+    [
+        (1.0, OMEGA, True),
+        (0.76, OMEGA, True),
+        (0.74, 1.0, True),
+        (0.26, 1.0, True),
+        (0.24, 1 / OMEGA, True),
+        (0.0, 1 / OMEGA, True),
+        (-0.1, 4.0, False),
+        (math.nan, 4.0, False),
+        (math.inf, 4.0, False),
+        (-math.inf, 4.0, False),
+    ],
+)
+def test_the_rule(ratio: float, factor: float, accepted: bool) -> None:
+    assert pytest.approx(0.95**5) == OMEGA
+    rule = LevenbergMarquardt(0.5)
+    assert rule.judge(ratio) is accepted
+    assert rule.damping == pytest.approx(0.5 * factor)
+    assert rule.due(101) == (factor > 1)  # after a bad step the next one is checked, too
+
+
+def test_the_rule_stays_in_bounds() -> None:
+    for ratio, bound in ((1.0, LOWEST), (-1.0, HIGHEST)):
+        rule = LevenbergMarquardt(bound)
+        rule.judge(ratio)
+        assert rule.damping == bound
+
+
+def test_when_a_step_is_checked() -> None:
+    rule = LevenbergMarquardt(1.0)
+    assert [s for s in range(36) if rule.due(s)] == [*range(20), 20, 25, 30, 35]
+
+
+# -- what the trial leaves behind -------------------------------------------------------------------------------------
+
+
+def noisy() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(inplace=True), nn.Dropout(0.4), nn.Linear(6, 3))
+
+
+def test_the_trial_leaves_everything_as_it_was() -> None:
+    """Parameters, statistics of BatchNorm, the random stream: bitwise; two calls per check, without gradients."""
+    case = Case(noisy, ALL["mlp-categorical"].x[:12], ALL["mlp-categorical"].y[:12], "categorical")
+    model = case.model()
+    kfac = build(case, model, skip_layers="BatchNorm")
+    calls: list[tuple[bool, float, Tensor]] = []
+
+    def closure() -> Tensor:
+        before = torch.get_rng_state()
+        loss = case.loss(model(case.x), case.y)
+        calls.append((torch.is_grad_enabled(), float(loss), before))
+        return loss
+
+    torch.manual_seed(3)
+    for number in range(26):
+        model.zero_grad()
+        logits = model(case.x)
+        kfac.accumulate()
+        case.loss(logits, case.y).backward()
+        tensors = [*model.parameters(), *model.buffers()]
+        before = [t.detach().clone() for t in tensors]
+        norm_gradient = model[1].weight.grad.clone()
+        stream = torch.get_rng_state()
+        kfac.step(closure=closure)
+        assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+        assert torch.equal(torch.get_rng_state(), stream)
+        assert torch.equal(model[1].weight.grad, norm_gradient)  # what K-FAC does not cover
+        assert model.training
+        attempts, rest = divmod(len(calls), 2)
+        assert rest == 0
+        assert attempts >= 1 if number <= 20 or number == 25 else True
+        for enabled, _, start in calls:
+            assert not enabled
+            assert torch.equal(start, stream)  # the same dropout before and after the update
+        if calls:
+            assert all(first[1] == calls[0][1] for first in calls[::2])  # the loss before the update
+        calls.clear()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.2 * p.grad
+    kfac.close()
+
+
+def test_a_closure_that_raises_leaves_everything_as_it_was() -> None:
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac, stream = build(case, model), torch.get_rng_state()
+    before = [p.detach().clone() for p in model.parameters()]
+    calls = 0
+
+    def closure() -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # on the moved parameters
+            assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+            torch.rand(3)
+            raise KeyError("no loss")
+        return 1.0
+
+    with pytest.raises(KeyError, match="no loss"):
+        step(case, kfac, closure)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), stream)
+
+
+# -- the ratio --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["layer_step_momentum", "nicolaides"])
+@pytest.mark.parametrize(("kl_clip", "lr"), [(None, 0.2), (0.01, 1.0)])
+@pytest.mark.parametrize(("reduction", "scale"), [("mean", 1.0), ("sum", 48.0)])
+def test_the_ratio_is_true_over_predicted_decrease(
+    space: str, kl_clip: float | None, lr: float, reduction: str, scale: float
+) -> None:
+    """(loss(theta) - loss(theta - lr d)) / (lr <d, grad> - lr^2 d^T F_l d / 2), the loss in its mean form."""
+    case = ALL["mlp-gaussian"]
+    model = case.model()
+    kfac = build(case, model, space, kl_clip=kl_clip, loss_reduction=reduction)
+    step(case, kfac, lambda: scale * case.loss(model(case.x), case.y), scale, lr=lr)
+    dense = Dense(case, case.model(), LAM, START, "true", 1)
+    d = flat_gradient(model)
+    predicted = lr * d @ dense.grad - 0.5 * lr**2 * d @ dense.F_l @ d
+    with torch.no_grad():
+        loss = case.loss(model(case.x), case.y)
+        for p in model.parameters():
+            p -= lr * p.grad
+        decrease = loss - case.loss(model(case.x), case.y)
+    ratio = kfac.metrics["coarse/reduction_ratio"]
+    assert ratio == pytest.approx(float(decrease / predicted), rel=1e-9)
+    assert ratio > 0
+    assert kfac.metrics["coarse/damping"] == START
+    factor = OMEGA if ratio > 0.75 else 1 / OMEGA if ratio < 0.25 else 1.0
+    assert kfac.state_dict()["coarse"]["damping"] == pytest.approx(START * factor)
+
+
+def test_a_rejected_step_is_made_anew_with_four_times_the_damping() -> None:
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac = build(case, model, "layer_step")
+    losses = iter([1.0, 1.1, 1.0, math.nan, 1.0, 0.999])  # before and after, three times
+    step(case, kfac, lambda: next(losses))
+    dense = Dense(case, case.model(), LAM, 16 * START, "true", 1)
+    assert relative(flat_gradient(model), dense.corrected(dense.basis("layer_step", 1), "error_minimizing")) < 1e-8
+    assert kfac.metrics["coarse/damping"] == pytest.approx(16 * START)
+    assert next(losses, None) is None
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+def test_rejections_end(every_n_steps: int) -> None:
+    """A loss that always grows costs a bounded number of trials; kept coefficients are not tried twice."""
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac = build(case, model, "layer_step", every_n_steps=every_n_steps)
+    step(case, kfac, lambda: case.loss(model(case.x), case.y))
+    solves, count = kfac.state_dict()["coarse"]["solves"], 0
+    damping = kfac.state_dict()["coarse"]["damping"]
+
+    def grows() -> float:
+        nonlocal count
+        count += 1
+        return float(count)
+
+    step(case, kfac, grows)
+    assert count == 2 * MAX_REJECTIONS
+    saved = kfac.state_dict()["coarse"]
+    assert saved["damping"] == pytest.approx(damping * 4.0**MAX_REJECTIONS)
+    assert saved["solves"] - solves == (MAX_REJECTIONS if every_n_steps == 1 else MAX_REJECTIONS - 1)
+    assert flat_gradient(model).isfinite().all()
+
+
+@pytest.mark.parametrize("how", ["failed solve", "gradient that is not finite"])
+def test_a_step_without_a_correction_is_not_judged(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac = build(case, model)
+    if how == "failed solve":
+        from kfac_dist.coarse_solver import factorise  # noqa: PLC0415 - the original, before it is replaced
+
+        monkeypatch.setattr("kfac_dist.two_level.factorise", lambda E: factorise(E * float("nan")))
+    else:
+        model[0].weight.register_hook(lambda g: g * float("nan"))
+    step(case, kfac, lambda: pytest.fail("the loss was asked for"))
+    saved = kfac.state_dict()["coarse"]
+    assert saved["damping"] == START
+    if how == "failed solve":
+        assert saved["failures"] == 1
