@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 Schedule = float | Callable[[int], float]
 """A number, or a function of the step (0, 1, ..) that gives one."""
@@ -36,11 +36,12 @@ def evaluate(name: str, schedule: Schedule, step: int) -> float:
     """The value of ``schedule`` at ``step``.
 
     Raises:
-        ValueError: a callable returned something that is not a finite number above 0.
+        ValueError: a callable returned a number that is not finite or not above 0.
     """
     if not callable(schedule):
         return float(schedule)
     value = schedule(step)
+    value = value.item() if hasattr(value, "item") else value  # a scalar of torch or NumPy
     check_number(f"{name}({step})", value, 0.0, open_low=True)
     return float(value)
 
@@ -203,7 +204,3 @@ class KFACConfig:
                 raise ValueError(f"skip_layers: {pattern!r} is not a regular expression: {error}") from error
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} must be an integer in [0, 2^63)")
-
-    def differences(self, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ from a saved ``other``: name -> (saved, here); callables are not compared."""
-        return {k: (v, getattr(self, k)) for k, v in other.items() if hasattr(self, k) and getattr(self, k) != v}

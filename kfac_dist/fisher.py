@@ -299,7 +299,7 @@ class Fisher:
         training = float(square) ** 0.5 * factor / grad_scale
         sampled = float(self._sampled_squared) ** 0.5
         ratio = training / sampled if sampled > 0 else float("nan")
-        if not 0.1 <= ratio <= 10.0 and ratio == ratio:
+        if self._rank == 0 and not 0.1 <= ratio <= 10.0 and ratio == ratio:
             warnings.warn(
                 f"the output gradients of the training loss are {ratio:.3g} times those of the sampled "
                 f"{self._config.likelihood} loss after loss_reduction={self._config.loss_reduction!r}: damping and the "

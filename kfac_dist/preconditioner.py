@@ -53,7 +53,8 @@ class KFACPreconditioner:
         kl_clip: bound on lr^2 <direction, gradient> (nats); None: off.
         loss_reduction: how the training loss is formed from the samples' negative log-likelihoods, each summed over its
             outputs: "mean" over samples, "sum", "mean_all" over all targets (``nn.MSELoss()``), or a number c for
-            c times the mean over samples. Damping, clip and directions are in units of the "mean" form: gradients are
+            c times the mean over samples ("empirical" cannot tell classes from targets: there "mean_all" means all
+            entries of the output). Damping, clip and directions are in units of the "mean" form: gradients are
             divided by the loss's scale first, so the same settings serve every form. "sum" takes ``param.grad`` as
             DDP leaves it, averaged over the ranks.
         skip_layers: regular expressions on module and class names.
@@ -127,7 +128,11 @@ class KFACPreconditioner:
         channel = self.distribution.coarse_backend if self.coarse is not None else None
         self._coarse_world = make_channel(channel, self._world, self.distribution.timeout, self._one.device)
         self._two = None if self.coarse is None else TwoLevel(self.coarse, self._coarse_world)
-        self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
+        try:
+            self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
+        except BaseException:
+            self._world.close()
+            raise
         self._samples: Samples | None = None
         self._step = 0
         self._notices = Notices(self._world.rank)
