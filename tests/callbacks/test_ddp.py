@@ -40,7 +40,14 @@ def test_raw_gradients_are_bitwise_the_same_in_every_variant(ranks, likelihood):
 
 @pytest.mark.parametrize(
     ("options", "distribution"),
-    [(SAMPLED, "comm_opt"), (SAMPLED, "mem_opt"), (EMPIRICAL, "comm_opt"), (EMPIRICAL | {"kl_clip": None}, 0.5)],
+    [
+        (SAMPLED, "comm_opt"),
+        (SAMPLED, "mem_opt"),
+        (EMPIRICAL, "comm_opt"),
+        (EMPIRICAL | {"kl_clip": None}, 0.5),
+        (SAMPLED | {"coarse": {"space": "layer_step_residual"}}, "mem_opt"),
+        (SAMPLED | {"coarse": {"space": "layer_step", "damping": "adaptive"}}, "comm_opt"),
+    ],
 )
 def test_two_ranks_equal_one_process(ranks, options, distribution):
     options = options | {"distribution": distribution}
