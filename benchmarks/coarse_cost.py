@@ -1,8 +1,8 @@
 """What the coarse level costs per step on the MNIST autoencoder: ``python -m benchmarks.coarse_cost``.
 
-Every variant trains its own copy of the net on the same batches; they take turns step by step, so that what disturbs the
-machine disturbs all of them. Reported: median seconds of a whole step (forward, backward, K-FAC) over those of one-level
-K-FAC, for steps with new curvature and for the others, and over a whole cycle of ten.
+Every variant trains its own copy of the net on the same batches; they take turns step by step, so that what disturbs
+the machine disturbs all of them. Reported: median seconds of a whole step (forward, backward, K-FAC) over those of
+one-level K-FAC, for steps with new curvature and for the others, and over a whole cycle of ten.
 Writes ``benchmarks/coarse_cost.md``.
 """
 

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from benchmarks.demo import METHODS, Method
 from benchmarks.training_run import ROOT, TrainingRun
+from kfac_dist.study.record import read_record
 
 COARSE = "--trainer.callbacks.coarse"
 TWO_LEVEL = "mnist_autoencoder_two_level.yaml"
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--inits", nargs="+", choices=INITIALISATIONS, default=list(INITIALISATIONS))
     parser.add_argument("--only", nargs="+", choices=[m.key for m in RIVALS], help="only these methods")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are finished in outputs/race")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("race.md"))
     arguments = parser.parse_args(argv)
     folder = ROOT / "outputs" / "race"
@@ -71,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     log=folder / f"{name}.log",
                     timeout=900.0,
                 )
-                epochs = run.train()
+                epochs = read_record(run.record)[0] if arguments.resume and run.record.exists() else []
+                if len(epochs) < max(MARKS):
+                    epochs = run.train()
                 curves[init, method.key].append(epochs)
                 console.print(f"{name}: {epochs[-1]['pixel_loss']:.4f}, {epochs[-1]['seconds']:.1f} s")
     lines = [
