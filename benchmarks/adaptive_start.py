@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,16 +35,18 @@ class Problem:
     per: float
 
     def net(self) -> nn.Module:
+        """The network, from the same weights every time."""
         torch.manual_seed(0)
         if self.likelihood == "bernoulli":
             return Autoencoder().net
         widths = (784, 500, 300, 100, 10)
         layers: list[nn.Module] = []
-        for d_in, d_out in zip(widths, widths[1:], strict=False):
+        for d_in, d_out in pairwise(widths):
             layers += [nn.Linear(d_in, d_out), nn.ReLU()]
         return nn.Sequential(*layers[:-1])
 
     def loss(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """The mean negative log-likelihood of a sample."""
         if self.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
         return F.cross_entropy(logits, y)
