@@ -113,13 +113,30 @@ def probe(monkeypatch: pytest.MonkeyPatch) -> type[Probe]:
     return Probe
 
 
+class Frames(nn.Module):
+    """Three frames per sample, folded behind the samples for the convolution and the layer after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv2d(2, 3, 2, stride=2), nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.tanh(self.conv(x.flatten(0, 1)))
+        return self.head(torch.tanh(self.inner(maps.mean((2, 3)))).view(len(x), 3, 4).amax(1))
+
+
+def frames() -> Case:
+    x = ALL["cnn"].x
+    return Case(Frames, torch.stack([x, x.flip(2), x.roll(1, 0)], dim=1), ALL["cnn"].y, "categorical")
+
+
 @pytest.mark.parametrize("draws", [1, 2, "exact"])
-@pytest.mark.parametrize("name", ["cnn", "shared", "sequences"])
+@pytest.mark.parametrize("name", ["cnn", "shared", "sequences", "frames"])
 def test_trap_4_samples_and_locations_keep_their_order(name: str, draws: int | str, probe: type[Probe]) -> None:
-    """In U^T v and in F v, where a convolution has T locations per sample (repeat is not repeat_interleave)."""
-    setup = Setup(space="probe", draws=draws)
-    one_step(ALL[name], setup)
-    state = dense_state(ALL[name], setup)
+    """In U^T v and in F v, where a sample has many locations (repeat is not repeat_interleave)."""
+    case, setup = frames() if name == "frames" else ALL[name], Setup(space="probe", draws=draws)
+    one_step(case, setup)
+    state = dense_state(case, setup)
     V = state.per_layer(*probe.raw.T)
     assert relative(probe.E, V.T @ state.F @ V) < 1e-12
     assert relative(probe.product, state.F_l @ probe.raw[:, 0]) < 1e-12
