@@ -84,24 +84,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [
         "# Race on the MNIST autoencoder",
         "",
-        f"`python -m benchmarks.race --seeds {' '.join(map(str, arguments.seeds))}`: binary cross-entropy per pixel "
+        f"`python -m benchmarks.race --seeds {' '.join(map(str, arguments.seeds))} --inits "
+        f"{' '.join(arguments.inits)}`: binary cross-entropy per pixel "
         f"(nats), mean over {len(arguments.seeds)} seeds (and range); one process, one thread, batch 256, "
-        f"4,500 digits for training and 500 held out. torch {torch.__version__}, {platform.machine()}. Seconds are "
-        "medians of the wall time of training; compare them within the table only.",
+        f"4,500 digits for training and 500 held out. torch {torch.__version__}, {platform.machine()}. What a "
+        "step costs is in coarse_cost.md.",
     ]
     for init in arguments.inits:
         lines += [
             "",
             f"## {init.capitalize()} initialisation",
             "",
-            "| method | " + " | ".join(f"training, epoch {m}" for m in MARKS) + " | held-out, epoch 10 | seconds |",
-            "|---|" + "---|" * (len(MARKS) + 2),
+            "| method | " + " | ".join(f"training, epoch {m}" for m in MARKS) + " | held-out, epoch 10 |",
+            "|---|" + "---|" * (len(MARKS) + 1),
         ]
         for method in methods:
             runs = curves[init, method.key]
             cells = [cell([run[m - 1]["pixel_loss"] for run in runs]) for m in MARKS]
             cells.append(cell([run[-1]["val_pixel_loss"] for run in runs]))
-            cells.append(f"{statistics.median(run[-1]['seconds'] for run in runs):.1f}")
             lines.append(f"| {method.name} | " + " | ".join(cells) + " |")
     arguments.output.write_text("\n".join(lines) + "\n")
     console.print(f"written: {arguments.output}")
