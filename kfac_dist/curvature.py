@@ -1,7 +1,7 @@
 """The two collectives of the fine level: statistics to factors, and factors to inverses.
 
 Words of the buffers, with a and g the sides of a layer's factors:
-    factors   sum over layers of a (a + 1) / 2 + g (g + 1) / 2, plus a header of 5 + layers + 2 ranks
+    factors   sum over layers of a (a + 1) / 2 + g (g + 1) / 2, plus a header of 6 + layers + 2 ranks
     inverses  the same sum ("factored" with a constant damping), or a^2 + a + g^2 + g (eigenbases), plus one status
               per factor
 """
@@ -63,6 +63,7 @@ class Reduced:
         factors: layer name -> the factors of this window alone; layers that saw no sample are absent.
         samples: B, global.
         elements: targets, global.
+        summed: samples over the divisor of their loss, global: what a loss that is a sum amounts to.
         failed_ranks: ranks whose statistics were not finite, and so left out.
         bad_gradient_ranks: ranks with a gradient that is not finite.
         fallbacks: sum over the ranks.
@@ -72,6 +73,7 @@ class Reduced:
     factors: dict[str, Factors]
     samples: float
     elements: float
+    summed: float
     failed_ranks: int
     bad_gradient_ranks: int
     fallbacks: int
@@ -91,7 +93,7 @@ def reduce_statistics(
     A rank without samples takes part with zeros; one whose sums are not finite sends zeros and says so in the header.
     """
     ranks, count = communicator.size, len(layers)
-    sizes: dict[object, int] = {"header": 5 + count + 2 * ranks}
+    sizes: dict[object, int] = {"header": 6 + count + 2 * ranks}
     for layer in layers:
         for side, dim in factor_dims(layer, sides).items():
             sizes[layer.name, side] = layer.groups * triangle_size(dim)
@@ -100,18 +102,19 @@ def reduce_statistics(
         for side, sums in (("A", statistics.A), ("G", statistics.G)):
             for name, moment in sums.items():
                 pack_symmetric(moment.to(dtype), out=buffer[name, side])
-    counts = [statistics.samples, statistics.elements, *(statistics.rows[layer.name] for layer in layers)]
+    counts = [statistics.samples, statistics.elements, statistics.summed]
+    counts += [statistics.rows[layer.name] for layer in layers]
     header = [0.0] * sizes["header"]
     header[:3] = [float(not health.statistics), float(not health.gradients), float(health.fallbacks)]
-    header[3 : 5 + count] = counts if health.statistics else [0.0] * (2 + count)
-    mine = 5 + count + 2 * communicator.rank
+    header[3 : 6 + count] = counts if health.statistics else [0.0] * (3 + count)
+    mine = 6 + count + 2 * communicator.rank
     header[mine : mine + 2] = health.checksums
     buffer["header"].copy_(torch.tensor(header, dtype=dtype))
 
     communicator.all_reduce(buffer.flat, phase="factors")
 
     total = buffer["header"].tolist()
-    samples, rows = total[3], dict(zip((layer.name for layer in layers), total[5 : 5 + count], strict=True))
+    samples, rows = total[3], dict(zip((layer.name for layer in layers), total[6 : 6 + count], strict=True))
     factors: dict[str, Factors] = {}
     for layer in layers:
         n = rows[layer.name]
@@ -121,11 +124,12 @@ def reduce_statistics(
                 for side, dim in factor_dims(layer, sides).items()
             }
             factors[layer.name] = Factors(parts["A"], parts.get("G"), n / samples)
-    pairs = total[5 + count :]
+    pairs = total[6 + count :]
     return Reduced(
         factors=factors,
         samples=samples,
         elements=total[4],
+        summed=total[5],
         failed_ranks=round(total[0]),
         bad_gradient_ranks=round(total[1]),
         fallbacks=round(total[2]),

@@ -129,7 +129,7 @@ class OneLevel:
         if reduction == "mean":
             return 1.0
         if reduction == "sum":
-            return reduced.samples / self.world.size
+            return reduced.summed / self.world.size
         if reduction == "mean_all":
             return reduced.samples / reduced.elements
         return float(reduction)

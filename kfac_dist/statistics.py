@@ -96,12 +96,14 @@ class Statistics:
         self.rows: dict[str, float] = {layer.name: 0.0 for layer in self._layers}
         self.samples = 0.0
         self.elements = 0.0
+        self.summed = 0.0
         self.micro_batches = 0
 
     def add_batch(self, batch: MicroBatch) -> None:
         """Count the samples of one micro-batch."""
         self.samples += batch.valid
         self.elements += batch.elements
+        self.summed += batch.valid / batch.loss_divisor
         self.micro_batches += 1
 
     def add_input(self, layer: Layer, x: Tensor, rows: int, batch: MicroBatch) -> None:

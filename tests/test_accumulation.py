@@ -227,3 +227,19 @@ def test_a_gradient_scaler_changes_nothing(fisher: str, reduction: str) -> None:
         kfac.step(grad_scale=scale)
         results.append(Result(kfac))
     results[1].assert_equal(results[0])
+
+
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_sum_that_was_divided_has_the_direction_of_the_mean(fisher: str) -> None:
+    """As a Trainer divides it by the accumulated micro-batches; directions are in units of the mean loss."""
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    likelihood = "empirical" if fisher == "empirical" else case.likelihood
+    kfac = KFACPreconditioner(model, likelihood=likelihood, seed=3, damping=0.05, loss_reduction="sum")
+    for part in torch.arange(12).split(4):
+        logits = model(case.x[part])
+        kfac.accumulate(sample_ids=part, loss_divisor=3)
+        (case.sum_loss(logits, case.y[part]) / 3).backward()
+    kfac.step()
+    assert kfac.metrics["loss_scale"] == pytest.approx(12 / 3)
+    Result(kfac).assert_equal(window(case, WHOLE, fisher))
