@@ -153,9 +153,15 @@ class CoarseConfig:
 
     @classmethod
     def parse(cls, value: str | CoarseConfig | None) -> CoarseConfig | None:
-        """None, the name of a space, or a finished configuration."""
-        if not isinstance(value, str):
+        """None, the name of a space, or a finished configuration.
+
+        Raises:
+            ValueError: something else.
+        """
+        if value is None or isinstance(value, CoarseConfig):
             return value
+        if not isinstance(value, str):
+            raise ValueError(f"coarse={value!r} must be None, the name of a coarse space or CoarseConfig(space=..)")
         return cls(space=value, damping="auto" if value in RATE_FREE_SPACES else None)
 
 

@@ -47,7 +47,7 @@ class Fine:
         self.gradients = gradients
         self.directions = directions
         self.momentum: Mapping[str, Tensor] | None = None
-        self.factor_updates = max(state.updates for state in states.values())
+        self.factor_updates = sum(state.updates for state in states.values())
         self._states = states
         self._samples = samples
         self._exchange = exchange

@@ -200,7 +200,9 @@ class KFACPreconditioner:
                 damping.
             grad_scale: what a gradient scaler multiplied the LOSS by; the gradients themselves have to be unscaled.
             closure: returns the loss on the same batch; adaptive damping calls it twice every five steps, without
-                gradients, with the model's parameters, buffers and the random streams left as they were.
+                gradients, with the model's parameters, buffers and the random streams left as they were. All ranks
+                give one or none does (where ``wants_loss`` is False it is not called); on a rank without samples it
+                returns NaN.
 
         Raises:
             RuntimeError: no statistics were accumulated on a factor step, or replicas drifted apart.
@@ -212,7 +214,8 @@ class KFACPreconditioner:
         self._check_step(lr, closure)
         self._world.traffic.clear()
         one, values = self._one, dict[str, MetricValue]()
-        with torch.no_grad():
+        # A caller's autocast (the whole training_step, under manual optimization) would halve the precision of it all.
+        with torch.no_grad(), torch.autocast(one.device.type, enabled=False):
             if self.distribution.average_gradients:
                 with self._timer("gradients"):
                     average_gradients([p for p in self.model.parameters() if p.requires_grad], self._world)
@@ -287,6 +290,8 @@ class KFACPreconditioner:
             if not bool(torch.isfinite(update.products).all()):
                 break
             ratio = reduction_ratio(self.model, update, gradients, samples, self._world, lam, one.loss_scale, closure)
+            if ratio is None:
+                break
             two.report |= {"coarse/reduction_ratio": ratio}
             if two.trust.judge(ratio):
                 break
@@ -320,26 +325,28 @@ class KFACPreconditioner:
         if self._two is not None and self._two.space.uses_momentum:
             covered = [parameter for layer in self.layers for parameter in layer.parameters]
             check_rate_free(optimizer, covered, self._two.config.space)
+        self._notices.first("optimizer")  # has been said: step() need not
 
     def _check_step(self, lr: float | Optimizer | None, closure: Callable[[], Tensor] | None) -> None:
         if isinstance(lr, Optimizer) and self._notices.first("optimizer"):
             self.check_optimizer(lr)
         if self.config.kl_clip is not None and lr is None:
             self._notices.once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
-        if self._two is None or self._two.has_loss:
+        if self._two is None:
             return
-        self._two.has_loss = closure is not None
-        if closure is None and self._two.config.damping == "auto":
+        if closure is not None:
+            self._two.has_loss = True
+        elif self.needs_loss and self.wants_loss:
+            raise ValueError(
+                'coarse damping="adaptive" compares the loss before and after an update: pass '
+                "kfac.step(closure=lambda: loss of the same batch), or choose a number"
+            )
+        elif self._two.config.damping == "auto" and not self._two.has_loss:
             self._notices.once(
                 "auto",
                 f"coarse={self._two.config.space!r}: the coarse damping cannot adapt, because step() got no closure, "
                 "and equals the fine damping; pass step(closure=lambda: loss of the same batch), or a number in "
                 "CoarseConfig(damping=..)",
-            )
-        if closure is None and self._two.adaptive:
-            raise ValueError(
-                'coarse damping="adaptive" compares the loss before and after an update: pass '
-                "kfac.step(closure=lambda: loss of the same batch), or choose a number"
             )
 
     # -- for the user ---------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ class Samples:
             for call in batch.calls:
                 if call.layer.name in total and draw < len(call.gradients):
                     g = call.gradients[draw]
-                    weights = part.repeat_interleave(g.shape[0] // batch.size)
+                    weights = part.to(g.dtype).repeat_interleave(g.shape[0] // batch.size)
                     scaled = g * weights.view(-1, *[1] * (g.dim() - 1))
                     total[call.layer.name] += call.layer.parameter_gradient(call.x, scaled)
         return total

@@ -46,9 +46,10 @@ class TwoLevel:
         self.has_loss = False
         self._communicator = communicator
         self.trust = LevenbergMarquardt(config.initial_damping)
-        self._kept: Tensor | None = None  # coefficients of the last solve, for the steps in between
-        self._rows: tuple[Samples, Tensor] | None = None  # U^T V of the momentum, while the samples stay
-        self._candidate: tuple[Samples, Tensor] | None = None  # the same for the direction that is being made
+        # Layers take part where they have a gradient: what is kept by position goes with the names of its layers.
+        self._kept: tuple[list[str], Tensor] | None = None  # coefficients of the last solve, for the steps in between
+        self._rows: tuple[Samples, list[str], Tensor] | None = None  # U^T V of the momentum, while the samples stay
+        self._candidate: tuple[Samples, list[str], Tensor] | None = None  # the same for the direction in the making
 
     # -- settings -------------------------------------------------------------------------------------------------
 
@@ -92,14 +93,15 @@ class TwoLevel:
         if not due and self._galerkin(1) is None:
             return None
         basis = Basis(self.space.vectors(fine), self.space.spans_network)
-        if not due and self._kept is not None and self._kept.shape == basis.coefficients.shape[:2]:
+        names, t = self._kept or ([], None)
+        if not due and t is not None and names == basis.names and t.shape == basis.coefficients.shape[:2]:
             self._candidate = None
-            return self._correction(basis, self._kept)
+            return self._correction(basis, t)
         self.dimension = basis.dimension
         correction = self._solve(fine, basis, samples, damping)
         self.solves += 1
         self.failures += not correction.solved
-        self._kept = correction.coefficients if correction.solved else None
+        self._kept = (basis.names, correction.coefficients) if correction.solved else None
         return correction
 
     def _galerkin(self, count: int) -> tuple[float, ...] | None:
@@ -133,7 +135,7 @@ class TwoLevel:
         if not solved:
             return self._one_level(fine, basis)
         if galerkin is not None:  # any other correction leaves the span of the vectors
-            self._candidate = (samples, torch.einsum("nkc,nk->nc", rows, t.to(rows)))
+            self._candidate = (samples, basis.names, torch.einsum("nkc,nk->nc", rows, t.to(rows)))
             return self._correction(basis, t)
         if self.config.correction in ("error_minimizing", "additive"):
             return Correction(basis, t, fine.directions, True)
@@ -187,9 +189,8 @@ class TwoLevel:
 
     def _project(self, basis: Basis, samples: Samples) -> Tensor:
         """U^T V of the raw vectors, (n, k, columns); the momentum's rows are combinations of the last ones."""
-        momentum_rows = self._rows[1] if self._rows is not None and self._rows[0] is samples else None
-        known = self.space.uses_momentum and basis.count == 2 and momentum_rows is not None
-        known = known and momentum_rows.shape[0] == basis.blocks  # type: ignore[union-attr]
+        source, names, momentum_rows = self._rows or (None, [], None)
+        known = source is samples and names == basis.names and basis.count == 2
         vectors: dict[str, Sequence] = {n: each[:1] if known else each for n, each in basis.vectors.items()}
         projected = samples.project(vectors, basis.like)
         rows = basis.stack_rows(projected)
@@ -298,7 +299,7 @@ class TwoLevel:
             return
         self.momentum = dict(directions) if finite else None
         if finite and rows is not None and bool(corrected):
-            self._rows = (rows[0], rows[1] * scale.to(rows[1]))
+            self._rows = (*rows[:2], rows[2] * scale.to(rows[2]))
 
     def discard(self) -> None:
         """Solve anew at the next call, whatever ``every_n_steps``: kept coefficients were rejected."""
@@ -313,7 +314,8 @@ class TwoLevel:
             "failures": self.failures,
             "solves": self.solves,
             "momentum": None if self.momentum is None else dict(self.momentum),
-            "kept": self._kept,
+            "kept": None if self._kept is None else {"layers": self._kept[0], "coefficients": self._kept[1]},
+            "has_loss": self.has_loss,
         }
 
     def load_state_dict(
@@ -326,6 +328,7 @@ class TwoLevel:
         """
         if saved is None or saved.get("space") != self.config.space:
             self.momentum, self._kept, self._rows = None, None, None
+            self.space = coarse_spaces[self.config.space](self.config)  # what it cached is of other factors
             self.trust, self.failures, self.solves = LevenbergMarquardt(self.config.initial_damping), 0, 0
             return
         missing = self.state_dict().keys() - saved.keys()
@@ -339,7 +342,11 @@ class TwoLevel:
                     f"{shapes.get(name)}; load it into the model it was saved from"
                 )
         self.momentum = None if momentum is None else {n: d.to(like, copy=True) for n, d in momentum.items()}
-        self._kept = None if kept is None else kept.to(device=like.device, copy=True)
+        self._kept = None
+        if kept is not None:
+            self._kept = list(kept["layers"]), kept["coefficients"].to(device=like.device, copy=True)
         self._rows = None
+        self.space = coarse_spaces[self.config.space](self.config)
+        self.has_loss = bool(saved["has_loss"])
         self.trust = LevenbergMarquardt(float(saved["damping"]), bool(saved["again"]))
         self.failures, self.solves = int(saved["failures"]), int(saved["solves"])

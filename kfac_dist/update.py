@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -111,21 +112,25 @@ def reduction_ratio(
     damping: float,
     loss_scale: float,
     closure: Callable[[], Tensor | float],
-) -> float:
+) -> float | None:
     """True decrease of the loss over the one that the damped quadratic model predicts (Martens and Grosse, 6.5).
 
     The prediction is <d, grad> - d^T F_l d / 2 for the step d that the outer optimizer is about to subtract, with the
-    F of the kept samples. One all-reduce of four numbers: every rank gets the same verdict.
+    F of the kept samples. One all-reduce of seven numbers: every rank gets the same verdict, bit by bit.
 
     Args:
         model: for the trial; it is left as it was.
         update: what is to be written.
         gradients: layer -> gradient of the mean loss.
         samples: the kept samples.
-        communicator: over all ranks; the ranks' losses count alike.
+        communicator: over all ranks; the ranks' losses count alike. One that is not finite BEFORE the update says
+            nothing about it (a rank without samples), and counts as zero, as its gradients did.
         damping: lam_c.
         loss_scale: the training loss over the mean one.
         closure: the training loss on the same batch.
+
+    Returns:
+        The ratio; NaN where the model predicts no decrease; None where no rank has a finite loss before the update.
     """
     steps = {
         layer.name: update.directions[layer.name] * rate.to(gradients[layer.name])
@@ -136,12 +141,17 @@ def reduction_ratio(
     before, after = trial_losses(model, parameters, parts, closure)
     like = next(iter(steps.values()))
     w = torch.stack([rows[0] for rows in samples.project({n: [d] for n, d in steps.items()}, like).values()]).sum(0)
-    sums = torch.stack([w.double().square().sum(), w.new_tensor(samples.valid).double()]).cpu()
-    sums = torch.cat([sums, torch.tensor([before, after], dtype=torch.float64)]).to(like.device)
+    known = math.isfinite(before)
+    losses = [before, after, 1.0] if known else [0.0, 0.0, 0.0]
+    mine = [float(w.double().square().sum()), samples.valid, *losses, 0.0, 0.0]
+    if communicator.rank == 0:  # the same on all ranks, but for the last bits where their hardware is not alike
+        mine[-2] = float((update.products * update.rates).sum())
+        mine[-1] = float(torch.stack([step.double().square().sum() for step in steps.values()]).sum())
+    sums = torch.tensor(mine, dtype=torch.float64, device=like.device)
     communicator.all_reduce(sums, phase="adaptive")
-    energy, count, before, after = sums.tolist()
-    slope = float((update.products * update.rates).sum())
-    length = float(torch.stack([step.double().square().sum() for step in steps.values()]).sum())
+    energy, count, before, after, ranks, slope, length = sums.tolist()
+    if not ranks:
+        return None
     if not count > 0:
         return float("nan")
     predicted = slope - 0.5 * (energy / count + damping * length)

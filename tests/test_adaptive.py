@@ -228,3 +228,47 @@ def test_a_step_without_a_correction_is_not_judged(how: str, monkeypatch: pytest
     assert saved["damping"] == START
     if how == "failed solve":
         assert saved["failures"] == 1
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_before_the_update_says_nothing(loss: float) -> None:
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac, calls = build(case, model), []
+    step(case, kfac, lambda: calls.append(loss) or loss)
+    assert len(calls) == 2
+    assert kfac.state_dict()["coarse"]["damping"] == START
+    assert kfac.metrics["corrected"] == 1
+    assert "coarse/reduction_ratio" not in kfac.metrics
+
+
+@pytest.mark.parametrize("damping", ["adaptive", "auto"])
+def test_a_closure_for_the_steps_that_want_it(damping: str, recwarn: pytest.WarningsRecorder) -> None:
+    """``closure if kfac.wants_loss else None`` is enough, also after loading; a missing one is an error."""
+    case = ALL["mlp-categorical"]
+
+    def run(kfac: KFACPreconditioner, first: int, last: int, always: bool) -> list[float]:
+        dampings = []
+        for _ in range(first, last):
+            closure = lambda: case.loss(kfac.model(case.x), case.y)  # noqa: E731 - as users write it
+            step(case, kfac, closure if always or kfac.wants_loss else None, lr=0.1)
+            dampings.append(kfac.metrics["coarse/damping"])
+            with torch.no_grad():
+                for p in kfac.model.parameters():
+                    p -= 0.1 * p.grad
+        return dampings
+
+    def fresh() -> KFACPreconditioner:
+        return build(case, case.model(), damping=damping, factor_every_n_steps=1)
+
+    wanted, kfac = run(fresh(), 0, 29, always=True), fresh()
+    assert run(kfac, 0, 23, always=False) == wanted[:23]
+    other = fresh()
+    other.model.load_state_dict(kfac.model.state_dict())
+    other.load_state_dict(kfac.state_dict())
+    assert run(other, 23, 29, always=False) == wanted[23:]
+    assert not [w for w in recwarn if "cannot adapt" in str(w.message)]
+    if damping == "adaptive":
+        run(other, 29, 30, always=False)
+        with pytest.raises(ValueError, match="closure=lambda"):
+            step(case, other, None)

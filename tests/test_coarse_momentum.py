@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kfac_dist import KFACPreconditioner
+from kfac_dist import CoarseConfig, KFACPreconditioner
 from kfac_dist.config import CORRECTIONS
 from kfac_dist.samples import Samples
 from kfac_dist.two_level import Correction
@@ -115,7 +116,7 @@ def test_a_step_that_is_not_finite_ends_the_momentum(when: int, kl_clip: float |
     for number, step in enumerate(lockstep(setup, "mlp-categorical", STEPS, disturb=disturb)):
         model, ref = step.kfac.model, step.reference
         if number < when:
-            before = ref.F, dict(ref.factors), ref.updates
+            before = ref.F, dict(ref.factors), ref.updates, ref.inverted
         if number == when:
             assert step.found.isnan().any()
             assert step.kfac.metrics["coarse/failures"] == 1
@@ -123,7 +124,7 @@ def test_a_step_that_is_not_finite_ends_the_momentum(when: int, kl_clip: float |
                 p.grad = None
             assert step.kfac.state_dict()["coarse"]["momentum"] is None
             ref.delta = None
-            ref.F, ref.factors, ref.updates = before  # a curvature batch beside such gradients is dropped
+            ref.F, ref.factors, ref.updates, ref.inverted = before  # a curvature batch beside such gradients is dropped
             continue
         assert relative(step.found, step.wanted) < 1e-8
         assert step.kfac.metrics["coarse/failures"] == (number > when)
@@ -146,3 +147,41 @@ def test_kept_coefficients_meet_new_vectors(space: str, every: int) -> None:
         solves.append(step.kfac.state_dict()["coarse"]["solves"])
     wanted = [1 + sum(s == 1 or s % every == 0 for s in range(1, number + 1)) for number in range(STEPS)]
     assert solves == wanted
+
+
+class Heads(nn.Module):
+    """A trunk with three heads, of which a step uses some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.heads = nn.Linear(5, 6), nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
+
+    def forward(self, x: Tensor, used: tuple[int, ...]) -> Tensor:
+        hidden = torch.tanh(self.trunk(x))
+        return torch.cat([self.heads[i](hidden) for i in used], dim=1)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, ((0, 1, 2), (0, 1), (1, 2))), (3, ((0, 1), (1, 2), (0, 2)))])
+def test_what_is_kept_by_position_is_not_given_to_other_layers(every: int, steps: tuple[tuple[int, ...], ...]) -> None:
+    """As many layers have a gradient as before, but not the same ones: rows are projected, coefficients solved anew."""
+
+    def last_direction(forgetful: bool) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model, x, y = Heads().double(), torch.randn(24, 5).double(), torch.randint(0, 3, (24,))
+        config = CoarseConfig(space="layer_step_momentum", damping=0.3, every_n_steps=every, max_samples=None)
+        kfac = KFACPreconditioner(model, "categorical", coarse=config, factor_every_n_steps=10)
+        for number, used in enumerate([(0, 1, 2), *steps]):
+            model.zero_grad()
+            logits = model(x, used)
+            if number == 0:
+                kfac.accumulate(sample_ids=torch.arange(24))
+            F.cross_entropy(logits, y).backward()
+            if forgetful:
+                kfac._two._rows, kfac._two._kept = None, None
+            kfac.step()
+        return [p.grad for p in model.parameters()]
+
+    for found, wanted in zip(last_direction(False), last_direction(True), strict=True):
+        assert (found is None) == (wanted is None)
+        if found is not None:
+            assert torch.allclose(found, wanted, rtol=1e-10, atol=1e-13)

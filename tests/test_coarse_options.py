@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_dist import CoarseConfig, KFACPreconditioner
 from kfac_dist.coarse import coarse_spaces
@@ -39,6 +39,11 @@ def test_between_solves(space: str) -> None:
     corrected = [m["corrected"] for m in check(setup, "mlp-categorical", steps=7)]
     wanted = [1.0] * 7 if space in ("layer_step", "scalar", "pcg") else [1.0, 0, 0, 1, 0, 0, 1]
     assert corrected == wanted
+
+
+def test_spectral_vectors_are_those_of_the_current_factors() -> None:
+    """Newer ones than the inverses are made of."""
+    check(Setup(space="spectral", k=2, factor_every=1, inverse_every=3), "mlp-categorical", steps=5)
 
 
 @pytest.mark.parametrize(
@@ -226,3 +231,36 @@ def test_a_gradient_scaler_leaves_the_coarse_level_alone() -> None:
         kfac.step(grad_scale=scale)
         found.append(flat_gradient(model))
     assert relative(*found) < 1e-12
+
+
+class TwoTypes(nn.Module):
+    """A float32 layer before a float64 one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.to(self.first.weight.dtype))).to(self.last.weight.dtype))
+
+
+@pytest.mark.parametrize("space", list(coarse_spaces))
+def test_layers_of_unlike_types(space: str) -> None:
+    """The coarse level works in the wider one, and the result is that of the float64 model up to float32."""
+
+    def direction(model: nn.Module) -> Tensor:
+        config = CoarseConfig(space=space, damping=0.3, max_samples=None)
+        kfac = KFACPreconditioner(model, "categorical", coarse=config, damping=0.1, seed=3)
+        case = ALL["mlp-categorical"]
+        for _ in range(2):
+            model.zero_grad()
+            logits = model(case.x)
+            kfac.accumulate()
+            case.loss(logits, case.y).backward()
+            kfac.step()
+        assert kfac.metrics["coarse/failures"] == 0
+        kfac.close()
+        return flat_gradient(model)
+
+    assert relative(direction(TwoTypes()).double(), direction(TwoTypes().double())) < 1e-4

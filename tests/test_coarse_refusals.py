@@ -138,3 +138,9 @@ def test_nothing_else_warns() -> None:
         warnings.simplefilter("error")
         for space in coarse_spaces:
             first_step(Rolled(), "categorical", coarse=CoarseConfig(space=space)).close()
+
+
+@pytest.mark.parametrize("coarse", [{"space": "layer_step"}, 1, True])
+def test_the_core_takes_no_other_kind_of_value(coarse: Any) -> None:
+    with pytest.raises(ValueError, match=r"coarse=.* must be None, the name of a coarse space or CoarseConfig\(space"):
+        build(coarse)

@@ -117,6 +117,19 @@ def test_resumed_between_curvature_steps_samples_are_captured_anew() -> None:
     assert other.metrics["coarse/failures"] == 0
 
 
+def test_what_a_space_made_of_other_factors_is_not_used_after_loading() -> None:
+    """Of a run with as many curvature batches as the saved one."""
+    source, used = make(config("spectral", vectors_per_layer=2)), make(config("spectral", vectors_per_layer=2))
+    steps(source, 0, 4)
+    steps(used, 4, 8)
+    assert source.metrics["factor_updates"] == used.metrics["factor_updates"]
+    fresh = resumed(source, config("spectral", vectors_per_layer=2), source.state_dict())
+    used.model.load_state_dict(source.model.state_dict())
+    used.load_state_dict(source.state_dict())
+    for one, another in zip(steps(used, 4, STEPS), steps(fresh, 4, STEPS), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, another, strict=True))
+
+
 def test_the_state_is_a_copy() -> None:
     """Going on, also by loading, does not reach into what was saved."""
     kfac = make(config("layer_step_momentum"))

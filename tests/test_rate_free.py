@@ -115,3 +115,12 @@ def test_check_optimizer_says_it_before_the_first_step() -> None:
         kfac.check_optimizer(torch.optim.SGD(model.parameters(), lr=1.0))
     with silence():
         kfac.check_optimizer(torch.optim.SGD(kfac.parameter_groups(lr=1.0, uncovered_lr=0.1)))
+
+
+def test_what_check_optimizer_said_is_not_said_again_by_the_step() -> None:
+    model = plain()
+    kfac, optimizer = build(model, "layer_step_momentum"), torch.optim.SGD(model.parameters(), lr=0.5)
+    with pytest.warns(UserWarning, match="chooses step sizes and momentum itself"):
+        kfac.check_optimizer(optimizer)
+    with silence():
+        step(kfac, optimizer)
