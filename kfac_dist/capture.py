@@ -22,13 +22,14 @@ from kfac_dist.layers import Layer
 class Call:
     """One call of one layer: its detached input, the edge of its output in the graph, and which forward it was part of.
 
-    ``forward`` counts the outputs recorded before this call, so that it is the index of the output it led to;
-    ``number`` tells all calls apart.
+    ``edge`` is None where a hook on the output delivers the gradient: the graph holds the hook and the hook this call,
+    so with an edge, which holds the graph, nobody could ever free it. ``forward`` counts the outputs recorded before
+    this call, so that it is the index of the output it led to; ``number`` tells all calls apart.
     """
 
     layer: Layer
     x: Tensor
-    edge: GradientEdge
+    edge: GradientEdge | None
     forward: int
     number: int
 
@@ -83,7 +84,8 @@ class Capture:
                 return
             self.layers_ran = True
             x = args[0] if args else kwargs["input"]
-            call = Call(layer, x.detach(), gradient_edge(output), len(self.outputs), next(self._numbers))
+            edge = gradient_edge(output) if self._on_gradient is None else None
+            call = Call(layer, x.detach(), edge, len(self.outputs), next(self._numbers))
             if self._on_gradient is None:
                 self.calls.append(call)
             else:
@@ -111,7 +113,8 @@ class Capture:
             if outer or not self._recording() or in_backward():
                 return
             if isinstance(output, Tensor) and output.dim() > 0 and output.requires_grad:
-                self.outputs.append(output)
+                # Only a pass of our own needs the graph; a forward that no backward follows is freed otherwise.
+                self.outputs.append(output if self._on_gradient is None else output.detach())
             else:
                 shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
                 self.other_outputs.add(f"{type(output).__name__}{shape}")

@@ -208,7 +208,7 @@ class Fisher:
     def _gradients_at(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> Sequence[Tensor | None]:
         if not calls:
             return []
-        edges = [call.edge for call in calls]
+        edges = [call.edge for call in calls if call.edge is not None]
         try:
             return torch.autograd.grad(output, edges, cotangent, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -256,7 +256,7 @@ class Fisher:
             self._counted.add(index)
             self.statistics.add_batch(batch)
         scale = batch.per_sample_scale(self._config.loss_reduction)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             self.statistics.add_input(call.layer, call.x, call.layer.rows(gradient), batch)
             self.statistics.add_output(call.layer, gradient, 1.0, scale)
             self._keep(batch, call, gradient, scale)

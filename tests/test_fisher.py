@@ -112,6 +112,32 @@ def test_they_stay_under_autocast(likelihood: str) -> None:
     assert_untouched(dropout_net, {"likelihood": likelihood}, autocast)
 
 
+@pytest.mark.parametrize("coarse", [None, "layer_step_residual"])
+@pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
+def test_the_method_itself_never_runs_under_autocast(likelihood: str, coarse: str | None) -> None:
+    """A training_step of manual optimization runs under it from end to end, backward and step included."""
+
+    def factors_and_direction(outside: bool) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(1)
+        model = mlp()
+        x, y = torch.randn(16, 5), torch.randint(0, 3, (16,))
+        kfac = KFACPreconditioner(model, likelihood=likelihood, coarse=coarse)
+        logits = model(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+            kfac.accumulate()
+            F.cross_entropy(logits, y).backward()
+            for p in model.parameters():
+                p.grad = p.detach().clone()  # the backward itself is the user's
+            kfac.step()
+        layers = kfac.state_dict()["layers"].values()
+        return [layer["factors"]["A"] for layer in layers], [p.grad for p in model.parameters()]
+
+    inside, wanted = factors_and_direction(True), factors_and_direction(False)
+    assert all(torch.equal(a, b) for a, b in zip(inside[0], wanted[0], strict=True))
+    if likelihood != "empirical":  # there G is made of what the backward delivered
+        assert all(torch.equal(a, b) for a, b in zip(inside[1], wanted[1], strict=True))
+
+
 def test_a_model_that_was_compiled_before_is_named() -> None:
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist import KFACPreconditioner
+from kfac_dist.capture import Call
 from tests.helpers.cases import cnn, mlp
 
 FISHERS = ("categorical", "empirical")
@@ -207,3 +208,36 @@ def test_parameter_groups_hold_every_trainable_parameter_once() -> None:
     torch.optim.SGD([covered, rest], lr=0.5)  # an optimizer takes them
     (only,) = KFACPreconditioner(net(), "gaussian").parameter_groups(1.0, 0.1)
     assert len(only["params"]) == 5
+
+
+@pytest.mark.parametrize("likelihood", FISHERS)
+@pytest.mark.parametrize("trained", [True, False])
+def test_activations_and_graphs_are_freed_at_once(
+    likelihood: str, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the garbage collector, which sees no cycle through a graph; also of forwards that no backward follows."""
+    inputs: list[weakref.ref] = []
+
+    def spy(layer: Any, x: Tensor, *more: Any) -> Call:
+        inputs.append(weakref.ref(x))
+        return Call(layer, x, *more)
+
+    monkeypatch.setattr("kfac_dist.capture.Call", spy)
+    model = net()
+    kfac = KFACPreconditioner(model, likelihood=likelihood, factor_every_n_steps=1)
+    gc.disable()
+    try:
+        for _ in range(3):
+            loss = F.cross_entropy(model(X), Y)
+            if trained:
+                kfac.accumulate()
+                loss.backward()
+                kfac.step()
+            else:
+                kfac.forget()
+            del loss
+        assert len(inputs) == 3 * len(kfac.layers)
+        assert not [ref for ref in inputs if ref() is not None]
+    finally:
+        gc.enable()
+    kfac.close()
