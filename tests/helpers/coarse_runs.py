@@ -37,6 +37,7 @@ class Setup:
     lam_c: float | Callable[[int], float] | None = 0.05
     every: int = 1
     factor_every: int = 2
+    inverse_every: int | None = None  # as often as factors
     max_samples: int | None = None
     kl_clip: float | None = None
     fisher: str = "true"
@@ -63,7 +64,7 @@ class Setup:
             "damping_method": "eigen",
             "factor_sides": self.sides,
             "factor_every_n_steps": self.factor_every,
-            "inverse_every_n_steps": self.factor_every,
+            "inverse_every_n_steps": self.inverse_every or self.factor_every,
             "kl_clip": self.kl_clip,
             "seed": SEED,
         }
@@ -83,6 +84,7 @@ class Reference(Dense):
         self.fisher, self.samples = setup.fisher, setup.draws
         self.names = list(treated(model))
         self.factors: dict[str, tuple[Tensor, Tensor, float]] = {}
+        self.inverted: dict[str, tuple[Tensor, Tensor, float]] = {}
         self.updates = 0
         self.delta: Tensor | None = None
         self.kept: Tensor | None = None
@@ -93,7 +95,7 @@ class Reference(Dense):
     def precondition(self, vector: Tensor) -> Tensor:
         parts, method = self.split(vector), "eigen"
         return self.flatten(
-            {n: kfac_direction(*self.factors[n], parts[n], self.lam, method, self.setup.sides) for n in self.names}
+            {n: kfac_direction(*self.inverted[n], parts[n], self.lam, method, self.setup.sides) for n in self.names}
         )
 
     def observe(self, model: nn.Module, case: Case, step: int, ids: Tensor) -> None:
@@ -113,6 +115,8 @@ class Reference(Dense):
             kept = len(case.x) if self.setup.max_samples is None else min(self.setup.max_samples, len(case.x))
             columns = torch.stack(list(self._columns()), dim=1).view(len(self.grad), -1, len(case.x))[:, :, :kept]
             self.F = columns.flatten(1) @ columns.flatten(1).T / kept
+        if step % (self.setup.inverse_every or self.setup.factor_every) == 0:
+            self.inverted = dict(self.factors)
         self.lam_c = self.setup.damping(step)
         self.F_l = self.F + self.lam_c * torch.eye(len(self.F)).double()
         self.zeta = self.precondition(self.grad)
