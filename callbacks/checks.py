@@ -87,15 +87,10 @@ def check_launcher(trainer: pl.Trainer, distribution: DistributionConfig) -> Non
         launched = detect_environment(os.environ)
     if launched.size <= trainer.world_size or distribution.backend == "single":
         return
-    if launched.local_size:
-        nodes = -(-launched.size // launched.local_size)
-        devices = f"devices={launched.local_size}, num_nodes={nodes}"
-    else:
-        devices = "devices=<processes per node>, num_nodes=<nodes>"
     raise MisconfigurationException(
         f"{launched.launcher} started {launched.size} processes, but this Trainer connects {trainer.world_size}: the "
-        f'others would train apart from it. Use Trainer({devices}, strategy="ddp"); where each process is meant to '
-        'train by itself, say so with KFAC(distribution=DistributionConfig(backend="single"))'
+        f'others would train apart from it. Use Trainer({launched.trainer_options}, strategy="ddp"); where each process '
+        'is meant to train by itself, say so with KFAC(distribution=DistributionConfig(backend="single"))'
     )
 
 

@@ -37,11 +37,6 @@ class DenseInverse:
 
     matrix: Tensor
 
-    @property
-    def words(self) -> int:
-        """Numbers held."""
-        return self.matrix.numel()
-
 
 @dataclass(frozen=True)
 class EigenDecomposition:
@@ -49,11 +44,6 @@ class EigenDecomposition:
 
     vectors: Tensor
     values: Tensor
-
-    @property
-    def words(self) -> int:
-        """Numbers held."""
-        return self.vectors.numel() + self.values.numel()
 
 
 FactorInverse = DenseInverse | EigenDecomposition

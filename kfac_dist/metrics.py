@@ -17,7 +17,7 @@ MetricValue = float | Tensor | Callable[[], float]
 
 
 class PhaseTimer:
-    """Milliseconds per named phase of the step, without synchronising a CUDA device until they are read."""
+    """Milliseconds per named phase of one step, without synchronising a CUDA device until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -39,12 +39,8 @@ class PhaseTimer:
         event.record()
         return event
 
-    def clear(self) -> None:
-        """Start a new step."""
-        self._spans = {}
-
     def milliseconds(self) -> dict[str, float]:
-        """Phase -> milliseconds since the last ``clear``; waits for the device where it has one."""
+        """Phase -> milliseconds; waits for the device where it has one."""
         if self._cuda:
             torch.cuda.synchronize()
             return {phase: sum(a.elapsed_time(b) for a, b in spans) for phase, spans in self._spans.items()}

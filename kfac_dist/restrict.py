@@ -54,15 +54,3 @@ def orthonormal_coefficients(gram: Tensor, eps: float) -> Tensor:
 def block_diagonal(blocks: Tensor) -> Tensor:
     """(n, k, k) as one (n k, n k) matrix."""
     return torch.block_diag(*blocks.unbind())
-
-
-def galerkin(moment: Tensor, samples: float, damping: float, gram: Tensor) -> Tensor:
-    """E = Y Y^T / B + lam_c R_0 R_0^T.
-
-    Args:
-        moment: (m, m), Y Y^T summed over all ranks.
-        samples: B, over all ranks.
-        damping: lam_c; it enters the operator wherever F_l does, not on the diagonal alone.
-        gram: (m, m), R_0 R_0^T.
-    """
-    return moment / samples + damping * gram
