@@ -89,8 +89,8 @@ def check_launcher(trainer: pl.Trainer, distribution: DistributionConfig) -> Non
         return
     raise MisconfigurationException(
         f"{launched.launcher} started {launched.size} processes, but this Trainer connects {trainer.world_size}: the "
-        f'others would train apart from it. Use Trainer({launched.trainer_options}, strategy="ddp"); where each process '
-        'is meant to train by itself, say so with KFAC(distribution=DistributionConfig(backend="single"))'
+        f'others would train apart from it. Use Trainer({launched.trainer_options}, strategy="ddp"); where each '
+        'process is meant to train by itself, say so with KFAC(distribution=DistributionConfig(backend="single"))'
     )
 
 

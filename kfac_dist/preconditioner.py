@@ -260,6 +260,7 @@ class KFACPreconditioner:
         if self._fisher.samples is not None:
             if empirical:
                 self._fisher.samples.rescale(1.0 / grad_scale)
+            self._fisher.samples.leave_out_unless_finite()
             self._samples = self._fisher.samples
 
     def _plan(

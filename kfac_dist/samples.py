@@ -104,6 +104,12 @@ class Samples:
             for call in (call for batch in self.batches for call in batch.calls):
                 call.gradients = [g * factor for g in call.gradients]
 
+    def leave_out_unless_finite(self) -> None:
+        """Drop this rank's samples where one of them is not finite: the others' are enough (one synchronisation)."""
+        kept = [t for batch in self.batches for call in batch.calls for t in (call.x, *call.gradients)]
+        if kept and not bool(torch.stack([t.sum() for t in kept]).isfinite().all()):
+            self.batches.clear()
+
     @property
     def columns(self) -> int:
         """Columns of U on this rank: kept samples times draws."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kfac_dist import CoarseConfig
 from kfac_dist.coarse_solver import CoarseOperator, Status, factorise
+from kfac_dist.fisher import Fisher
 from tests.helpers.ranks import RankError, RankPool
 from tests.helpers.training import Run, Trajectory, advance, build, train, train_all
 from tests.test_coarse_identities import SPACES
@@ -235,3 +236,34 @@ def test_a_failed_solve_is_a_one_level_step_on_every_rank(ranks: RankPool, key: 
         assert torch.equal(first, second)
         difference = torch.linalg.norm(first - wanted) / torch.linalg.norm(wanted)
         assert difference < 1e-10 if step < BROKEN else difference > 1e-3
+
+
+# -- a rank whose samples are not finite ------------------------------------------------------------------------------
+
+
+def overflow_on_rank_1(rank: int, world_size: int) -> list[dict[str, float]]:
+    """Its sampled pass of step 0 gives no finite gradients; the next curvature batch is that of step 2."""
+    run = run_of("mlp-categorical", "layer_step_residual")
+    case, model, kfac, optimizer = build(replace(run, even=True), world_size)
+    original, metrics = Fisher._gradients_at, []
+
+    def overflows(self: Fisher, calls: Any, *more: Any) -> Any:
+        return [g * float("inf") for g in original(self, calls, *more)]
+
+    for step in range(3):
+        broken = rank == 1 and step == 0
+        with mock.patch.object(Fisher, "_gradients_at", overflows if broken else original):
+            advance(replace(run, even=True), case, model, kfac, optimizer, step, rank, world_size)
+        metrics.append(dict(kfac.metrics))
+    kfac.close()
+    return metrics
+
+
+def test_samples_that_are_not_finite_stay_out(ranks: RankPool) -> None:
+    """As that rank's statistics do: the coarse level goes on with what the other rank has."""
+    for metrics in ranks.run(2, overflow_on_rank_1, timeout=60):
+        assert [m["failed_ranks"] for m in metrics] == [1, 1, 1]
+        assert [m["corrected"] for m in metrics] == [1, 1, 1]
+        assert [m["coarse/failures"] for m in metrics] == [0, 0, 0]
+        if "coarse/samples" in metrics[0]:  # rank 0 solves
+            assert [m["coarse/samples"] for m in metrics] == [6, 6, 12]
