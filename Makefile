@@ -1,4 +1,5 @@
-# From a fresh clone, with nothing but Python and make: `make demo`, `make test`.
+# From a fresh clone, with nothing but Python and make: `make demo`, `make test`. As root on Debian or Ubuntu:
+# `make test-slurm`, which brings a SLURM cluster of two virtual nodes up, and down again.
 #
 #   PYTHON=python3.12   the interpreter that makes the environment (3.10 or newer)
 #   VENV=path           an environment that is already there, or where to make one
@@ -13,10 +14,14 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 EXTRAS := .[test,dev]
+APT := $(if $(filter 0,$(shell id -u)),,sudo -n )env DEBIAN_FRONTEND=noninteractive apt-get -qq
+SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins munge libpmix2 libpmix-dev
+# Configuration, logs and state of the cluster; they stay.
+SLURM_FOLDER ?= /tmp/kfac-dist-slurm
 # Changes with the requirements and with the place of this clone, to which the installation points.
 STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo race test lint format
+.PHONY: install demo race test test-slurm lint format
 
 install: $(STAMP)
 
@@ -27,7 +32,17 @@ race: $(STAMP)
 	$(RUN) -m benchmarks.race $(ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest --durations=20 $(ARGS)
+	@command -v shellcheck >/dev/null || { $(APT) update && $(APT) install -y shellcheck >/dev/null; } || \
+	  echo "shellcheck is missing and could not be installed: the job scripts go unchecked"
+	$(RUN) -m pytest -m 'not slurm' --durations=20 $(ARGS)
+
+# The cluster goes down however the tests end.
+test-slurm: $(STAMP)
+	@dpkg --status $(SLURM_PACKAGES) >/dev/null 2>&1 || \
+	  { $(APT) update && $(APT) install -y --no-install-recommends $(SLURM_PACKAGES) >/dev/null; }
+	@trap 'tests/slurm/down.sh $(SLURM_FOLDER)' EXIT; trap 'exit 130' INT TERM; \
+	  tests/slurm/up.sh $(SLURM_FOLDER) && \
+	  SLURM_CONF=$(abspath $(SLURM_FOLDER))/slurm.conf $(RUN) -m pytest -m slurm --durations=20 $(ARGS) tests/slurm
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

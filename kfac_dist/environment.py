@@ -121,7 +121,8 @@ def _mpi(
     launcher: str, rank: str, size: str, local_rank: str, local_size: str
 ) -> Callable[..., LaunchEnvironment | None]:
     def read(variables: Mapping[str, str]) -> LaunchEnvironment | None:
-        if rank not in variables:
+        # srun --mpi=pmi2 sets PMI_RANK and PMI_SIZE alone; the local rank is among its own variables then.
+        if rank not in variables or (local_rank not in variables and _in_slurm_step(variables)):
             return None
         return LaunchEnvironment(
             _integer(variables, rank),
@@ -145,12 +146,16 @@ _open_mpi = _mpi(
 _mpich = _mpi("mpich", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
 
 
-def _slurm(variables: Mapping[str, str]) -> LaunchEnvironment | None:
+def _in_slurm_step(variables: Mapping[str, str]) -> bool:
     # The batch script and an interactive shell see SLURM_NTASKS as well, but only srun starts that many processes:
     # it makes a step, and a step has an id.
     inside_a_step = "SLURM_STEP_ID" in variables or "SLURM_STEPID" in variables
     interactive = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if not inside_a_step or interactive or "SLURM_PROCID" not in variables:
+    return inside_a_step and not interactive and "SLURM_PROCID" in variables
+
+
+def _slurm(variables: Mapping[str, str]) -> LaunchEnvironment | None:
+    if not _in_slurm_step(variables):
         return None
     address, port = _address(variables)
     hosts = (

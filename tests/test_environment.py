@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kfac_dist.environment import LaunchEnvironment, detect_environment, first_host
+from kfac_dist.environment import LaunchEnvironment, check_world, detect_environment, first_host
 
 TORCHRUN = {
     "RANK": "3",
@@ -58,6 +58,8 @@ def test_the_innermost_launcher_wins():
     assert detect_environment({**SLURM, **TORCHRUN}) == UNDER_TORCHRUN
     assert detect_environment({**SLURM, **OPEN_MPI}).launcher == "openmpi"
     assert detect_environment({**SLURM, **MPICH}).launcher == "mpich"
+    # srun --mpi=pmi2 is SLURM, too
+    assert detect_environment({**SLURM, "PMI_RANK": "5", "PMI_SIZE": "6"}).launcher == "slurm"
     assert detect_environment({**OPEN_MPI, **TORCHRUN}).launcher == "torchrun"
 
 
@@ -113,3 +115,28 @@ def test_malformed_node_list(nodelist):
 def test_malformed_variables_are_named(variables, message):
     with pytest.raises(ValueError, match=message):
         detect_environment(variables)
+
+
+@pytest.mark.parametrize(
+    ("variables", "devices"),
+    [
+        (TORCHRUN, "devices=2, num_nodes=2"),
+        (SLURM, "devices=2, num_nodes=3"),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_NODEID": "0"}, "devices=4, num_nodes=2"),
+        (OPEN_MPI, "devices=2, num_nodes=1"),
+        (MPICH, "devices=<processes per node>, num_nodes=<nodes>"),
+    ],
+)
+def test_processes_that_are_not_connected_are_an_error_with_the_numbers_to_use(variables, devices):
+    launched = detect_environment(variables)
+    wanted = (
+        f"{launched.launcher} started {launched.size} processes, but this one is connected to 0 others: .* {devices}!"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        check_world(launched, 1, "give {devices}!")
+    check_world(launched, launched.size, "nothing")
+    check_world(launched, launched.size + 1, "nothing")
+
+
+def test_one_process_is_enough_for_itself():
+    check_world(detect_environment({}), 1, "nothing")

@@ -67,7 +67,9 @@ def pip(*arguments: str) -> None:
 def test_wheel_holds_the_linked_code_the_types_and_the_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in LINKS:
-        here = {path.relative_to(ROOT).as_posix() for path in (ROOT / name).rglob("*.py")}
+        here = {
+            path.relative_to(ROOT).as_posix() for kind in ("py", "sbatch") for path in (ROOT / name).rglob(f"*.{kind}")
+        }
         missing = {f"kfac_dist/{path}" for path in here} - set(names)
         assert not missing, f"not in the wheel: {sorted(missing)}; {CURE.format(name)}"
     assert "kfac_dist/py.typed" in names

@@ -5,16 +5,21 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from kfac_dist.comm import CommunicationError, make_communicator
+from kfac_dist import DistributionConfig, KFACPreconditioner
+from kfac_dist.comm import CommunicationError, Communicator, make_channel, make_communicator
 from tests.comm.test_communicators import conformance, value
 from tests.helpers.launched import environment, mpirun, run, run_mpi
 
 pytestmark = pytest.mark.mpi
+
+ALL_REFUSALS = {"some", "single", "order", "backend", "preconditioner"}
 
 
 def several(rank: int, world_size: int) -> dict[str, object]:
@@ -163,6 +168,81 @@ def test_the_time_out_names_phase_operation_rank_and_size(three_ranks):
     assert late == (
         "factors: all_reduce on rank 1 of 3 failed: no end within 2 s; end this rank, its messages are still open"
     )
+
+
+def beside_gloo(rank: int, world_size: int, folder: str) -> dict[str, str]:
+    """MPI beside a torch process group with the same ranks, with some of them only, and with another order."""
+    import torch.distributed as dist  # noqa: PLC0415  this process's own groups
+
+    found: dict[str, str] = {}
+    for name, number in (("alike", rank), ("reversed", world_size - 1 - rank)):
+        store = dist.FileStore(f"{folder}/{name}", world_size)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=world_size)
+        fine = make_communicator("torch", timeout=30.0)
+        if name == "alike":
+            check_channels(fine)
+            some = dist.new_group([0, 1])
+            if rank < 2:
+                found["some"] = refusal(make_channel, "mpi", make_communicator("torch", some))
+                found["single"] = refusal(make_channel, "single", fine)
+        else:
+            found["order"] = refusal(make_channel, "mpi", fine)
+            found["backend"] = refusal(make_communicator, "mpi")
+            found["preconditioner"] = refusal(coarse_over_mpi)
+        fine.close()
+        dist.destroy_process_group()
+    return found
+
+
+def check_channels(fine: Communicator) -> None:
+    """MPI beside torch, torch beside MPI, torch beside torch, and none at all."""
+    total = sum((value(r) for r in range(fine.size)), torch.zeros(2, 3, dtype=torch.float64))
+    over_mpi = make_communicator("mpi", timeout=30.0)
+    for backend, beside in (("mpi", fine), ("torch", over_mpi), ("torch", fine)):
+        channel = make_channel(backend, beside, timeout=30.0)
+        assert (channel.rank, channel.size) == (beside.rank, beside.size)
+        assert channel.traffic is beside.traffic
+        beside.traffic.clear()
+        channel.all_reduce(tensor := value(fine.rank), "coarse")
+        assert torch.equal(tensor, total)
+        assert beside.traffic.collectives == {"coarse": 1}
+        channel.close()
+        beside.all_reduce(tensor := value(fine.rank), "fine")  # it is still open
+        assert torch.equal(tensor, total)
+    over_mpi.close()
+    assert make_channel(None, fine) is fine
+
+
+def refusal(build: Callable[..., object], *args: object) -> str:
+    with pytest.raises(ValueError, match="ranks") as caught:
+        build(*args)
+    return str(caught.value)
+
+
+def coarse_over_mpi() -> KFACPreconditioner:
+    distribution = DistributionConfig(coarse_backend="mpi", timeout=30.0)
+    return KFACPreconditioner(nn.Linear(2, 2), "categorical", coarse="layer_step", distribution=distribution)
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_mpi(3, beside_gloo, str(tmp_path_factory.mktemp("stores")))
+
+
+def test_an_mpi_world_that_is_not_the_group_is_refused(beside):
+    assert [set(found) for found in beside] == [ALL_REFUSALS, ALL_REFUSALS, ALL_REFUSALS - {"some", "single"}]
+    wanted = "connects 3 processes, and the fine level has 2: both must have the same ranks; start all of them by one"
+    for found in beside[:2]:
+        assert f"coarse_backend='mpi' {wanted}" in found["some"]
+        assert "coarse_backend='single' connects 1 processes, and the fine level has 3" in found["single"]
+
+
+@pytest.mark.parametrize("name", ["order", "backend", "preconditioner"])
+def test_ranks_in_another_order_are_refused_everywhere_with_the_cure(beside, name):
+    other = "torch.distributed" if name == "backend" else "the fine level"
+    for found in beside:
+        assert f"its ranks 0 .. 2 are the ranks [2, 1, 0] of {other}; number them alike, with" in found[name]
+        assert "init_process_group(rank=MPI.COMM_WORLD.rank" in found[name]
 
 
 def raises_on_one_rank(rank: int, world_size: int) -> None:

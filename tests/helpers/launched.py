@@ -37,13 +37,13 @@ class Finished:
     Attributes:
         returncode: of the command.
         output: stdout and stderr together.
-        seconds: from start to end.
+        ended: when, in seconds since 1970.
         mark: every process that it started carries it in its environment.
     """
 
     returncode: int
     output: str
-    seconds: float
+    ended: float
     mark: str
 
 
@@ -111,7 +111,6 @@ def run(command: Sequence[str], extra: Mapping[str, str] | None = None, timeout:
     Raises:
         AssertionError: it took longer than ``timeout`` seconds; it is killed, and the message holds its output.
     """
-    begin = time.monotonic()
     with started(command, extra) as (process, log, mark):
         try:
             returncode = process.wait(timeout)
@@ -119,13 +118,13 @@ def run(command: Sequence[str], extra: Mapping[str, str] | None = None, timeout:
             raise AssertionError(
                 f"no end within {timeout:g} s: {' '.join(command)}\n{log.read_text(errors='replace')}"
             ) from None
-        seconds = time.monotonic() - begin
+        ended = time.time()
         # Read before the survivors are looked for and killed, so that a test can see them first.
         output = log.read_text(errors="replace")
         survivors = left_over(mark)
     if survivors:
         raise AssertionError(f"{' '.join(command)} ended with {returncode} and left over:\n" + "\n".join(survivors))
-    return Finished(returncode, output, seconds, mark)
+    return Finished(returncode, output, ended, mark)
 
 
 def mpirun(processes: int, *command: str) -> list[str]:

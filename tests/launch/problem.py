@@ -45,17 +45,21 @@ def part(step: int, rank: int, ranks: int) -> list[int]:
 
 
 class Classifier(pl.LightningModule):
-    """``forward`` returns logits; a batch is (inputs, labels, ids)."""
+    """``forward`` returns logits; a batch is (inputs, labels, ids).
 
-    def __init__(self) -> None:
+    Args:
+        dtype: "float64" or "float32". Trainer(precision="64-true") would restore the weights in single precision.
+    """
+
+    def __init__(self, dtype: str = "float64") -> None:
         super().__init__()
-        self.net = network()
+        self.net = network().to(getattr(torch, dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0].to(self.dtype)), batch[1])
+        return F.cross_entropy(self(batch[0].to(self.net[0].weight.dtype)), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
@@ -106,11 +110,16 @@ class Pace(pl.Callback):
         time.sleep(self.seconds)
 
 
+def die(rank: int, step: int) -> None:
+    """Kill this process as the kernel would, without a chance to tell anybody."""
+    print(f"rank {rank} dies in step {step} at {time.time():.1f}", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Dying(pl.Callback):
     """The rank that the environment names kills itself in the step that it names."""
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         rank, step = map(int, os.environ[KILL].split(":"))
         if (trainer.global_rank, trainer.global_step) == (rank, step):
-            print(f"rank {rank} dies in step {step}", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
+            die(rank, step)

@@ -4,12 +4,15 @@
 #
 #   up.sh [FOLDER]     everything of the cluster is in FOLDER; prints the SLURM_CONF to export
 #
-# A second call finds what runs already. down.sh takes it all down.
+# A second call finds what runs already. down.sh takes it all down. Each node has a host name of its own, by a UTS
+# namespace, where root may make one (a container needs CAP_SYS_ADMIN); else both have this host's.
 set -euo pipefail
 folder=$(realpath -m "${1:-${KFAC_DIST_SLURM:-/tmp/kfac-dist-slurm}}")
 nodes=(kfac1 kfac2)
 cpus=4 # per node: what SLURM believes, whatever this host has
 host=$(hostname)
+hosts=("$host" "$host")
+unshare --uts hostname "${nodes[0]}" 2>/dev/null && hosts=("${nodes[@]}")
 # shellcheck source=tests/slurm/running.sh
 source "$(dirname "${BASH_SOURCE[0]}")/running.sh"
 
@@ -65,8 +68,8 @@ ReturnToService=2
 PropagateResourceLimits=NONE
 # The nodes may have more cores and memory than the host.
 SlurmdParameters=config_overrides
-NodeName=${nodes[0]} NodeHostname=$host NodeAddr=127.0.0.1 Port=17011 CPUs=$cpus RealMemory=4000
-NodeName=${nodes[1]} NodeHostname=$host NodeAddr=127.0.0.1 Port=17012 CPUs=$cpus RealMemory=4000
+NodeName=${nodes[0]} NodeHostname=${hosts[0]} NodeAddr=127.0.0.1 Port=17011 CPUs=$cpus RealMemory=4000
+NodeName=${nodes[1]} NodeHostname=${hosts[1]} NodeAddr=127.0.0.1 Port=17012 CPUs=$cpus RealMemory=4000
 PartitionName=tests Nodes=${nodes[0]},${nodes[1]} Default=YES State=UP
 CONF
 export SLURM_CONF=$folder/slurm.conf
@@ -78,7 +81,13 @@ running "$folder/pid/munged" munged || {
 }
 running "$folder/pid/slurmctld" slurmctld || slurmctld
 for node in "${nodes[@]}"; do
-  running "$folder/pid/slurmd-$node" slurmd || slurmd -N "$node"
+  running "$folder/pid/slurmd-$node" slurmd && continue
+  if [[ ${hosts[0]} == "$host" ]]; then
+    slurmd -N "$node"
+  else
+    # shellcheck disable=SC2016  # $1 is the inner shell's
+    unshare --uts bash -c 'hostname "$1" && exec slurmd -N "$1"' slurmd "$node"
+  fi
 done
 
 for ((attempt = 0; attempt < 150; attempt++)); do
