@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pytorch_lightning.cli import LightningCLI
 
-from kfac_dist import DistributionConfig
+from kfac_dist import CoarseConfig, DistributionConfig
 from kfac_dist.callbacks import KFAC
 from kfac_dist.schedules import ExponentialDamping, PiecewiseDamping
 from tests.callbacks.tiny import Classifier
@@ -37,6 +37,14 @@ trainer:
         kl_clip: 0.001
         loss_reduction: mean_all
         skip_layers: [first, Conv2d]
+        coarse:
+          space: pcg
+          vectors_per_layer: 2
+          correction: balanced
+          every_n_steps: 3
+          max_samples: 64
+          damping: adaptive
+          initial_damping: 0.5
         distribution:
           strategy: hybrid
           gradient_worker_fraction: 0.5
@@ -83,6 +91,15 @@ def test_every_option_in_yaml(tmp_path):
         "kl_clip": 0.001,
         "loss_reduction": "mean_all",
         "skip_layers": ("first", "Conv2d"),
+        "coarse": CoarseConfig(
+            space="pcg",
+            vectors_per_layer=2,
+            correction="balanced",
+            every_n_steps=3,
+            max_samples=64,
+            damping="adaptive",
+            initial_damping=0.5,
+        ),
         "seed": 3,
         "clip_raw_gradients": 1.5,
         "log_every_n_steps": 5,
