@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist import CoarseConfig, KFACPreconditioner
-from kfac_dist.trust import HIGHEST, LOWEST, MAX_REJECTIONS, OMEGA, LevenbergMarquardt
+from kfac_dist.trust import MAX_REJECTIONS, OMEGA
 from tests.helpers.cases import Case, cases
 from tests.helpers.coarse_runs import relative
 from tests.helpers.dense_coarse import FIRST_ID, SEED, Dense, flat_gradient
@@ -35,44 +35,6 @@ def step(
     kfac.accumulate(sample_ids=torch.arange(FIRST_ID, FIRST_ID + len(case.x)))
     (scale * case.loss(logits, case.y)).backward()
     kfac.step(closure=closure, **options)
-
-
-# -- the rule ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ratio", "factor", "accepted"),
-    [
-        (1.0, OMEGA, True),
-        (0.76, OMEGA, True),
-        (0.74, 1.0, True),
-        (0.26, 1.0, True),
-        (0.24, 1 / OMEGA, True),
-        (0.0, 1 / OMEGA, True),
-        (-0.1, 4.0, False),
-        (math.nan, 4.0, False),
-        (math.inf, 4.0, False),
-        (-math.inf, 4.0, False),
-    ],
-)
-def test_the_rule(ratio: float, factor: float, accepted: bool) -> None:
-    assert pytest.approx(0.95**5) == OMEGA
-    rule = LevenbergMarquardt(0.5)
-    assert rule.judge(ratio) is accepted
-    assert rule.damping == pytest.approx(0.5 * factor)
-    assert rule.due(101) == (factor > 1)  # after a bad step the next one is checked, too
-
-
-def test_the_rule_stays_in_bounds() -> None:
-    for ratio, bound in ((1.0, LOWEST), (-1.0, HIGHEST)):
-        rule = LevenbergMarquardt(bound)
-        rule.judge(ratio)
-        assert rule.damping == bound
-
-
-def test_when_a_step_is_checked() -> None:
-    rule = LevenbergMarquardt(1.0)
-    assert [s for s in range(36) if rule.due(s)] == [*range(20), 20, 25, 30, 35]
 
 
 # -- what the trial leaves behind -------------------------------------------------------------------------------------
