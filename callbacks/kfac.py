@@ -167,7 +167,7 @@ class KFAC(pl.Callback):
                 self._core.load_state_dict(self._state)
         self._trial = None
         if self._core.uses_loss and (pl_module.automatic_optimization or self._core.needs_loss):
-            self._trial = Trial(trainer, pl_module)
+            self._trial = Trial(trainer, pl_module, self._core.needs_loss)
         self._batch = {}
         self._window = Window()
 

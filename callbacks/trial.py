@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -36,12 +37,14 @@ class Trial:
     Args:
         trainer: the Trainer.
         pl_module: its module.
+        required: whether a module that cannot be copied is an error; else a warning, and the loss is NaN, which gives
+            the damping no verdict.
 
     Raises:
         MisconfigurationException: manual optimization, where ``training_step`` itself makes steps.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, required: bool) -> None:
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 'coarse damping="adaptive" evaluates training_step once more, which makes steps itself in manual '
@@ -49,6 +52,8 @@ class Trial:
             )
         self._trainer = trainer
         self._module = pl_module
+        self._required = required
+        self._possible = True
         self._batches: list[tuple[Any, int]] = []
 
     def keep(self, batch: Any, batch_idx: int) -> None:
@@ -59,21 +64,28 @@ class Trial:
         """Forget the window."""
         self._batches.clear()
 
-    def _copy(self) -> pl.LightningModule:
+    def _copy(self) -> pl.LightningModule | None:
         try:
             replica = copy.deepcopy(self._module)  # which leaves the Trainer out
         except Exception as error:
-            raise MisconfigurationException(
+            message = (
                 f"{type(self._module).__name__} cannot be copied ({error!r}), which the adaptive coarse damping needs "
                 "to evaluate its loss without a trace: choose a number, CoarseConfig(damping=..)"
-            ) from error
+            )
+            if self._required:
+                raise MisconfigurationException(message) from error
+            rank_zero_warn(f"the coarse damping stays where it is: {message}")
+            self._possible = False
+            return None
         replica._trainer = SilentTrainer(self._trainer)  # type: ignore[assignment]
         replica.log = replica.log_dict = lambda *args, **kwargs: None  # type: ignore[method-assign,assignment]
         return replica
 
     def __call__(self) -> Tensor:
         """The loss, a scalar; NaN where the module skipped every micro-batch."""
-        replica = self._copy()
+        replica = self._copy() if self._possible else None
+        if replica is None:
+            return torch.tensor(float("nan"))
         losses = []
         with torch.no_grad(), isolate_rng():
             for batch, batch_idx in self._batches:

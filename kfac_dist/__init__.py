@@ -2,6 +2,7 @@
 
 from kfac_dist.config import CoarseConfig, DistributionConfig
 from kfac_dist.preconditioner import KFACPreconditioner
+from kfac_dist.rate_free import parameter_groups
 
-__all__ = ["CoarseConfig", "DistributionConfig", "KFACPreconditioner"]
+__all__ = ["CoarseConfig", "DistributionConfig", "KFACPreconditioner", "parameter_groups"]
 __version__ = "0.1.0"

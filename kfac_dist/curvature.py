@@ -62,7 +62,7 @@ class Reduced:
     Attributes:
         factors: layer name -> the factors of this window alone; layers that saw no sample are absent.
         samples: B, global.
-        elements: targets, global.
+        elements: what "mean_all" divides by, global.
         summed: samples over the divisor of their loss, global: what a loss that is a sum amounts to.
         failed_ranks: ranks whose statistics were not finite, and so left out.
         bad_gradient_ranks: ranks with a gradient that is not finite.

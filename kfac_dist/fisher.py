@@ -147,7 +147,9 @@ class Fisher:
 
     def _micro_batch(self, index: int, output: Tensor, mask: Tensor | None, loss_divisor: float) -> MicroBatch:
         size = output.shape[0]
-        per_sample = output.numel() // max(size, 1) if self._likelihood is None else self._likelihood.elements(output)
+        per_sample: float = output.numel() // max(size, 1)
+        if self._likelihood is not None:
+            per_sample = self._likelihood.elements(output) / self._likelihood.mean_all_factor
         if mask is None:
             return MicroBatch(index, size, float(size), float(size * per_sample), None, float(loss_divisor))
         mask = mask.to(device=output.device, dtype=torch.bool)

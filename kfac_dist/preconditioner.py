@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from kfac_dist.layers import find_layers
 from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
 from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
-from kfac_dist.rate_free import check_rate_free
+from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import Samples
 from kfac_dist.trust import MAX_REJECTIONS
@@ -131,6 +131,7 @@ class KFACPreconditioner:
         try:
             self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
         except BaseException:
+            self._coarse_world.close()
             self._world.close()
             raise
         self._samples: Samples | None = None
@@ -211,7 +212,7 @@ class KFACPreconditioner:
             kfac_dist.comm.CommunicationError: a collective failed; the message names the phase.
         """
         check_number("grad_scale", grad_scale, 0.0, open_low=True)
-        self._check_step(lr, closure)
+        self._check_step(lr, closure, grad_scale)
         self._world.traffic.clear()
         one, values = self._one, dict[str, MetricValue]()
         # A caller's autocast (the whole training_step, under manual optimization) would halve the precision of it all.
@@ -220,7 +221,7 @@ class KFACPreconditioner:
                 with self._timer("gradients"):
                     average_gradients([p for p in self.model.parameters() if p.requires_grad], self._world)
             with self._timer("factors"):
-                self._take_statistics(grad_scale)
+                self._take_statistics(grad_scale, lr)
             damping = evaluate("damping", self.config.damping, self._step)
             if one.inverses_due(self._step):
                 with self._timer("inverses"):
@@ -246,7 +247,7 @@ class KFACPreconditioner:
             samples = Samples(self._two.quota(len(self.layers)))
         self._fisher.begin(due or samples is not None, samples)
 
-    def _take_statistics(self, grad_scale: float) -> None:
+    def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None) -> None:
         """The window's sums into the factors, and its samples to the coarse level."""
         empirical = self.config.likelihood == "empirical"  # a sampled pass does not see the scaler
         if self._one.factors_due(self._step):
@@ -257,6 +258,8 @@ class KFACPreconditioner:
                 return
             silent = [name for name, state in self._one.states.items() if state.updates == 0]
             self._notices.silent(silent, self._fisher.capture.recomputed)
+            if silent and isinstance(lr, Optimizer):
+                self._check_rate_free(lr, silent)
         if self._fisher.samples is not None:
             if empirical:
                 self._fisher.samples.rescale(1.0 / grad_scale)
@@ -323,12 +326,22 @@ class KFACPreconditioner:
         Raises:
             ValueError: in the learning-rate-free mode, an uncovered parameter would be trained with lr = 1.
         """
-        if self._two is not None and self._two.space.uses_momentum:
-            covered = [parameter for layer in self.layers for parameter in layer.parameters]
-            check_rate_free(optimizer, covered, self._two.config.space)
+        self._check_rate_free(optimizer, ())
         self._notices.first("optimizer")  # has been said: step() need not
 
-    def _check_step(self, lr: float | Optimizer | None, closure: Callable[[], Tensor] | None) -> None:
+    def _check_rate_free(self, optimizer: Optimizer, silent: Collection[str]) -> None:
+        if self._two is not None and self._two.space.uses_momentum:
+            covered = [p for layer in self.layers if layer.name not in silent for p in layer.parameters]
+            check_rate_free(optimizer, covered, self._two.config.space)
+
+    def _check_step(
+        self, lr: float | Optimizer | None, closure: Callable[[], Tensor] | None, grad_scale: float
+    ) -> None:
+        if self.distribution.average_gradients and self._world.size > 1 and grad_scale != 1.0:
+            raise ValueError(
+                f"average_gradients=True with grad_scale={grad_scale!r}: a gradient scaler looks for overflows before "
+                "K-FAC averages, so ranks would skip steps apart; wrap the model in DistributedDataParallel instead"
+            )
         if isinstance(lr, Optimizer) and self._notices.first("optimizer"):
             self.check_optimizer(lr)
         if self.config.kl_clip is not None and lr is None:
@@ -360,13 +373,7 @@ class KFACPreconditioner:
             uncovered_lr: rate of the others (norms, embeddings, skipped layers).
             uncovered_momentum: momentum of the others; the covered ones get none.
         """
-        covered = [parameter for layer in self.layers for parameter in layer.parameters]
-        known = {id(parameter) for parameter in covered}
-        rest = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
-        groups: list[dict[str, Any]] = [{"params": covered, "lr": lr, "momentum": 0.0}]
-        if rest:
-            groups.append({"params": rest, "lr": uncovered_lr, "momentum": uncovered_momentum})
-        return groups
+        return parameter_groups(self.model, lr, uncovered_lr, uncovered_momentum, self.config.skip_layers)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size."""

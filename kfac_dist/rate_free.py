@@ -4,9 +4,41 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+from kfac_dist.compat import unwrap
+from kfac_dist.layers import find_layers
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    uncovered_lr: float,
+    uncovered_momentum: float = 0.0,
+    skip_layers: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Parameter groups for the outer optimizer: what K-FAC covers, and the rest of the trainable parameters.
+
+    In a LightningModule, ``configure_optimizers`` returns ``SGD(parameter_groups(self, 1.0, 0.01), lr=1.0)``.
+
+    Args:
+        model: the model, plain or wrapped.
+        lr: rate of the covered parameters (1 in the learning-rate-free mode).
+        uncovered_lr: rate of the others (norms, embeddings, skipped layers).
+        uncovered_momentum: momentum of the others; the covered ones get none.
+        skip_layers: the same as the preconditioner's.
+    """
+    plain = unwrap(model)
+    covered = [parameter for layer in find_layers(plain, skip_layers)[0] for parameter in layer.parameters]
+    known = {id(parameter) for parameter in covered}
+    rest = [p for p in plain.parameters() if p.requires_grad and id(p) not in known]
+    groups: list[dict[str, Any]] = [{"params": covered, "lr": lr, "momentum": 0.0}]
+    if rest:
+        groups.append({"params": rest, "lr": uncovered_lr, "momentum": uncovered_momentum})
+    return groups
 
 
 def check_rate_free(optimizer: Optimizer, covered: Sequence[nn.Parameter], space: str) -> None:
@@ -29,7 +61,7 @@ def check_rate_free(optimizer: Optimizer, covered: Sequence[nn.Parameter], space
             raise ValueError(
                 f"coarse={space!r} chooses the step itself and wants lr=1, but parameter group {number} also holds "
                 f"{len(foreign)} parameters that K-FAC does not cover (shapes {shapes}, ..): plain gradients at lr=1 "
-                "diverge. Build the optimizer from kfac.parameter_groups(lr=1.0, uncovered_lr=..)"
+                "diverge. Build the optimizer from kfac_dist.parameter_groups(model, lr=1.0, uncovered_lr=..)"
             )
         momentum = group.get("momentum", 0.0) or group.get("betas", (0.0,))[0]
         if own and (float(group["lr"]) != 1.0 or momentum):

@@ -24,7 +24,8 @@ class MicroBatch:
         index: its place in the window.
         size: samples in it, masked or not.
         valid: samples that count.
-        elements: targets that count, over all samples.
+        elements: what a loss that averages over all targets divides the summed negative log-likelihood by: the targets
+            that count, over all samples (half of them for the squared error, which lacks the 1/2).
         mask: (size, ..) of booleans, the first dimensions of the targets; None: everything counts.
         loss_divisor: what the training loss was divided by (the number of accumulated micro-batches).
     """

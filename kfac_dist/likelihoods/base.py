@@ -26,6 +26,9 @@ class Likelihood(ABC):
     not_logits: tuple[str, ...] = ()
     """Names of operations that must not stand at the output: what they return are no logits of this likelihood."""
 
+    mean_all_factor = 1.0
+    """The usual loss that averages over all targets, over the mean negative log-likelihood of a target."""
+
     def __init__(self, class_dim: int = 1) -> None:
         self.class_dim = class_dim
 

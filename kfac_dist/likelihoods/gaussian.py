@@ -12,7 +12,9 @@ from kfac_dist.likelihoods.base import Likelihood, likelihoods
 
 @likelihoods.register("gaussian")
 class Gaussian(Likelihood):
-    """y = f + N(0, I). Note that ``nn.MSELoss`` lacks the 1/2 and averages over outputs: see ``loss_reduction``."""
+    """y = f + N(0, I). ``nn.MSELoss()`` is ``loss_reduction="mean_all"``: an average over outputs, without the 1/2."""
+
+    mean_all_factor = 2.0
 
     def uniforms_per_sample(self, logits: Tensor) -> int:
         """One per output."""

@@ -153,6 +153,14 @@ def test_a_module_that_cannot_be_copied_says_the_cure():
         fit(model, [kfac(coarse=ADAPTIVE)])
 
 
+def test_by_its_bare_name_the_space_goes_on_without_copies():
+    model, callback = Classifier(lr=1.0), kfac(coarse="layer_step_momentum", kl_clip=0.5)
+    model.lock = threading.Lock()
+    with pytest.warns(UserWarning, match=r"the coarse damping stays where it is: Classifier cannot be copied"):
+        fit(model, [callback])
+    assert callback.metrics["coarse/damping"] == 1.0
+
+
 @pytest.mark.parametrize("coarse", [ADAPTIVE | {"max_samples": None}, "layer_step"])
 def test_a_fit_resumed_at_a_curvature_step_equals_the_uninterrupted_one(tmp_path, coarse):
     path = str(tmp_path / "last.ckpt")
