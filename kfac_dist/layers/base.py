@@ -109,10 +109,11 @@ class Layer(ABC):
 
     def gradient(self) -> Tensor | None:
         """The matrix of ``param.grad``, None where one is missing; a new tensor, since the step overwrites them."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        if any(gradient is None for gradient in gradients):
-            return None
-        return self.to_matrix(*gradients) if self.has_bias else self.to_matrix(gradients[0], None).clone()  # type: ignore
+        weight = self.weight.grad
+        if weight is None or not self.has_bias:
+            return None if weight is None else self.to_matrix(weight, None).clone()
+        bias = self.parameters[1].grad
+        return None if bias is None else self.to_matrix(weight, bias)
 
     def write_gradient(self, theta: Tensor) -> None:
         """``param.grad.copy_`` of the matrix, in place: gradient buckets stay views."""
