@@ -15,7 +15,8 @@ from kfac_dist.environment import LaunchEnvironment, detect_environment
 def connect(backend: str | None = None, timeout: float = 600.0) -> LaunchEnvironment:
     """Initialise torch.distributed among the processes that torchrun, mpirun or srun has started; ranks are theirs.
 
-    One process alone stays as it is. Under mpirun, rank 0 tells the others where to meet through MPI.
+    One process alone stays as it is. Under mpirun, rank 0 tells the others where to meet through MPI. With "nccl" the
+    GPU with the number of the local rank becomes the current one.
 
     Args:
         backend: of torch.distributed; None: "nccl" where there is a GPU for each process of this node, else "gloo".
@@ -43,6 +44,8 @@ def connect(backend: str | None = None, timeout: float = 600.0) -> LaunchEnviron
     if backend is None:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         backend = "nccl" if gpus >= (launched.local_size or launched.local_rank + 1) else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(launched.local_rank)
     dist.init_process_group(
         backend,
         init_method=init_method,

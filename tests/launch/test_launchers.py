@@ -191,6 +191,17 @@ def test_the_script_hands_every_word_on(tmp_path, starter, arguments):
         assert added == [*root, *numbers(3, 2)]
 
 
+@pytest.mark.parametrize(("kind", "runner"), [(None, []), ("none", []), ("pmix", ["-m", "mpi4py"])])
+def test_under_srun_with_mpi_the_processes_have_mpi4pys_runner(tmp_path, kind, runner):
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    script = Slurm(folder=Path("x")).show(["train.py"])
+    variables = {"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables |= {} if kind is None else {"SLURM_MPI_TYPE": kind}
+    done = subprocess.run(["bash", "-c", script], env=variables, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.splitlines()[1:] == [PYTHON, *runner, "train.py"]
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
