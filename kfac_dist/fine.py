@@ -68,9 +68,7 @@ class Fine:
     def product(self, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """F v + lam_c v; (1/B) U (U^T v), in one fused all-reduce of the parameters' size and the sample count."""
         like = next(iter(vectors.values()))
-        projected = self._samples.project({name: [v] for name, v in vectors.items()}, like)
-        w = torch.stack([rows[0] for rows in projected.values()]).sum(0)
-        local = self._samples.combine(w, self.shapes)
+        local = self._samples.combine(self._samples.along(vectors), self.shapes)
         sizes: dict[str, int] = {name: v.numel() for name, v in vectors.items()} | {"": 1}
         buffer = FusedBuffer(sizes, like.dtype, like.device)  # type: ignore[arg-type]
         for name, part in local.items():

@@ -140,6 +140,11 @@ class Samples:
                         rows[call.layer.name][j, first : first + batch.size] += products
         return rows
 
+    def along(self, vector: Mapping[str, Tensor]) -> Tensor:
+        """The products w = U^T v, (columns,), with one vector over all its layers: layer -> Theta-shaped part."""
+        rows = self.project({name: [part] for name, part in vector.items()}, next(iter(vector.values())))
+        return torch.cat(list(rows.values())).sum(0)
+
     def combine(self, w: Tensor, shapes: Mapping[str, tuple[int, int, int]]) -> dict[str, Tensor]:
         """Layer -> sum over the columns of w_b u_b, Theta-shaped; (columns,) weights. One weight gradient per call."""
         total = {name: w.new_zeros(shape) for name, shape in shapes.items()}

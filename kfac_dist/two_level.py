@@ -114,8 +114,7 @@ class TwoLevel:
         rows = self._project(basis, samples)
         zeta = self.space.direction_coefficients(basis.count)
         if zeta is None:
-            w = torch.cat(list(samples.project({n: [z] for n, z in fine.directions.items()}, basis.like).values()))
-            w = w.sum(0)
+            w = samples.along(fine.directions)
         else:
             w = torch.einsum("nkc,k->c", rows, torch.tensor(zeta).to(rows))
         Y = basis.restrict(rows).double()
@@ -171,7 +170,7 @@ class TwoLevel:
         if self.config.correction == "deflated":
             return Correction(basis, t, step, True, directions=fine.directions)
         y = {name: c[name] + step[name] for name in basis.names}
-        w = torch.stack([part[0] for part in samples.project({n: [y[n]] for n in y}, basis.like).values()]).sum(0)
+        w = samples.along(y)
         local = torch.cat([basis.restrict(rows).double() @ w.double(), w.new_full((1,), samples.valid).double()])
         self._communicator.reduce(local, dst=0, phase="coarse")
         rhs = torch.zeros(0, dtype=torch.float64)

@@ -140,7 +140,7 @@ def reduction_ratio(
     parts = [part for layer in update.layers for part in layer.from_matrix(steps[layer.name]) if part is not None]
     before, after = trial_losses(model, parameters, parts, closure)
     like = next(iter(steps.values()))
-    w = torch.stack([rows[0] for rows in samples.project({n: [d] for n, d in steps.items()}, like).values()]).sum(0)
+    w = samples.along(steps)
     known = math.isfinite(before)
     losses = [before, after, 1.0] if known else [0.0, 0.0, 0.0]
     mine = [float(w.double().square().sum()), samples.valid, *losses, 0.0, 0.0]
