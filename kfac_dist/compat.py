@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +76,76 @@ GradientEdge = torch.autograd.graph.GradientEdge
 def gradient_edge(tensor: Tensor) -> GradientEdge:
     """Where the gradient of ``tensor`` arrives in the graph, whatever is done to the tensor in place afterwards."""
     return torch.autograd.graph.get_gradient_edge(tensor)
+
+
+class _FullFloat32:
+    """Keeps TF32 and bfloat16 out of float32 products while anybody is inside; the settings belong to the process.
+
+    The first to enter notes what the user has chosen and the last to leave gives it back, so that threads and nested
+    blocks do not take one another's setting for the user's.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._legacy: str | None = None
+        self._chosen: list[tuple[Any, str]] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            self._chosen = [(place, place.fp32_precision) for place in _precision_places()]
+            self._legacy = _legacy_precision()
+            if self._legacy not in (None, "highest"):  # torch refuses to read TF32 flags where old and new ones differ
+                torch.set_float32_matmul_precision("highest")
+            for place, precision in self._chosen:
+                if precision not in ("ieee", "none"):
+                    place.fp32_precision = "ieee"
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside:
+                return
+            if self._legacy not in (None, "highest"):
+                torch.set_float32_matmul_precision(self._legacy)
+            for place, precision in self._chosen:
+                if place.fp32_precision != precision:
+                    place.fp32_precision = "none"  # now it takes after its backend again, as it may have done before
+                if place.fp32_precision != precision:
+                    place.fp32_precision = precision
+
+
+def _legacy_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has mixed it with the settings by backend: those count
+        return None
+
+
+def _precision_places() -> list[Any]:
+    """Where a backend's precision of float32 products is set: objects with an attribute ``fp32_precision``."""
+    backends = torch.backends
+    places = [(backends.mkldnn, "matmul"), (backends.mkldnn, "conv"), (backends.cuda, "matmul")]
+    if torch.cuda.is_initialized():  # cuDNN's own default is TF32, and once it is written it follows no other setting
+        places.append((backends.cudnn, "conv"))
+    found = [getattr(backend, operation, None) for backend, operation in places]
+    return [place for place in found if hasattr(place, "fp32_precision")]
+
+
+_full_float32 = _FullFloat32()
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products of float32 tensors are float32 ones inside, whatever ``torch.set_float32_matmul_precision`` says.
+
+    A user chooses TF32 or bfloat16 for the network; statistics and factorisations would lose positive definiteness.
+    """
+    _full_float32.enter()
+    try:
+        yield
+    finally:
+        _full_float32.leave()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist.capture import Call, Capture
+from kfac_dist.compat import full_float32
 from kfac_dist.config import KFACConfig
 from kfac_dist.draws import default_sample_ids, uniforms
 from kfac_dist.layers import Layer
@@ -196,13 +197,14 @@ class Fisher:
                 if watch:
                     self._add_sampled_scale(cotangent, weight)
                 gradients = self._gradients_at(calls, output, cotangent)
-                for call, g in zip(calls, gradients, strict=True):
-                    if g is None:  # the layer does not lead to the logits
-                        continue
-                    if number == 0:
-                        self.statistics.add_input(call.layer, call.x, call.layer.rows(g), batch)
-                    self.statistics.add_output(call.layer, g, weight)
-                    self._keep(batch, call, g, weight**0.5)
+                with full_float32():  # the pass itself ran in the precision of the user's backward
+                    for call, g in zip(calls, gradients, strict=True):
+                        if g is None:  # the layer does not lead to the logits
+                            continue
+                        if number == 0:
+                            self.statistics.add_input(call.layer, call.x, call.layer.rows(g), batch)
+                        self.statistics.add_output(call.layer, g, weight)
+                        self._keep(batch, call, g, weight**0.5)
             self.statistics.add_batch(batch)
             if watch:  # only now: a tensor hook would fire in the pass above as well
                 self._watch_training_scale(output, batch)
@@ -258,7 +260,7 @@ class Fisher:
             self._counted.add(index)
             self.statistics.add_batch(batch)
         scale = batch.per_sample_scale(self._config.loss_reduction)
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False), full_float32():
             self.statistics.add_input(call.layer, call.x, call.layer.rows(gradient), batch)
             self.statistics.add_output(call.layer, gradient, 1.0, scale)
             self._keep(batch, call, gradient, scale)

@@ -14,7 +14,7 @@ from kfac_dist.assignment import Assignment
 from kfac_dist.checkpoint import load, save
 from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_channel, make_communicator
-from kfac_dist.compat import unwrap
+from kfac_dist.compat import full_float32, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
 from kfac_dist.fine import Fine
 from kfac_dist.fisher import Fisher
@@ -216,7 +216,7 @@ class KFACPreconditioner:
         self._world.traffic.clear()
         one, values = self._one, dict[str, MetricValue]()
         # A caller's autocast (the whole training_step, under manual optimization) would halve the precision of it all.
-        with torch.no_grad(), torch.autocast(one.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(one.device.type, enabled=False), full_float32():
             if self.distribution.average_gradients:
                 with self._timer("gradients"):
                     average_gradients([p for p in self.model.parameters() if p.requires_grad], self._world)
