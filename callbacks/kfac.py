@@ -38,10 +38,11 @@ from kfac_dist.preconditioner import KFACPreconditioner
 class KFAC(pl.Callback):
     """Preconditions the gradients by K-FAC just before the optimizer applies them; SGD is the optimizer to use.
 
-    It covers the Linear and Conv2d layers that are trainable when the fit starts; all other parameters keep their
-    gradients. Callbacks that want raw gradients stand before this one or use ``on_after_backward``. A learning rate
-    that the Tuner finds is one for raw gradients: it runs without callbacks. Every ``fit`` starts with new curvature
-    unless it resumes from a checkpoint; with ``strategy="ddp_spawn"`` that curvature stays in the workers.
+    It covers the layers that are trainable when the fit starts (``kfac-dist inspect`` names them); all other parameters
+    keep their gradients. Callbacks that want raw gradients stand before this one or use ``on_after_backward``. A
+    learning rate that the Tuner finds is one for raw gradients: it runs without callbacks. Every ``fit`` starts with
+    new curvature unless it resumes from a checkpoint; with ``strategy="ddp_spawn"`` that curvature stays with the
+    workers.
 
     Args:
         likelihood: what the loss is the negative log-likelihood of: "categorical", "bernoulli" or "gaussian" (the true
@@ -69,6 +70,13 @@ class KFAC(pl.Callback):
         sample_ids_key: where the batch holds global sample ids (B,): a key, attribute or index. With them the sampled
             targets do not depend on how batches lie on ranks.
         mask_key: where the batch holds a mask (B, ..): samples or targets that are False count nowhere.
+        kfac_approx: "expand" or "reduce", for weights that are shared over the locations of a sequence or an image;
+            or pattern -> one of them (Eschenhagen et al. 2023).
+        max_factor_dim: a factor of a larger order falls back to a block-diagonal or diagonal one.
+        large_factors: which of the two: "blocks" or "diagonal".
+        norm_blocks: the Fisher block of a norm's scale and shift: "diagonal", "channel" (2 x 2) or "full".
+        uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
+            Fisher block.
 
     Raises:
         MisconfigurationException: a value is out of its bounds.
@@ -96,6 +104,11 @@ class KFAC(pl.Callback):
         log_every_n_steps: int | None = None,
         sample_ids_key: str | int | None = None,
         mask_key: str | int | None = None,
+        kfac_approx: Literal["expand", "reduce"] | dict[str, str] = "expand",
+        max_factor_dim: int = 8192,
+        large_factors: Literal["blocks", "diagonal"] = "blocks",
+        norm_blocks: Literal["diagonal", "channel", "full"] = "channel",
+        uncovered: Literal["plain", "diagonal"] = "plain",
     ) -> None:
         self._options: dict[str, Any] = {
             "likelihood": likelihood,
@@ -112,6 +125,11 @@ class KFAC(pl.Callback):
             "loss_reduction": loss_reduction,
             "skip_layers": (skip_layers,) if isinstance(skip_layers, str) else tuple(skip_layers),
             "seed": seed,
+            "kfac_approx": kfac_approx,
+            "max_factor_dim": max_factor_dim,
+            "large_factors": large_factors,
+            "norm_blocks": norm_blocks,
+            "uncovered": uncovered,
         }
         with misconfigurations():
             check_options(self._options, clip_raw_gradients, log_every_n_steps)

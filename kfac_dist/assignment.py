@@ -9,7 +9,7 @@ Pure Python: costs are in multiply-adds up to a common constant, ranks are 0 .. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,26 +26,37 @@ class LayerCost:
         input_dim: order a of the factor A of one group, the bias column included.
         output_dim: order g of the factor G of one group.
         groups: number of independent groups (grouped convolutions), each with its own A and G.
+        factors: side -> (order, number) of its diagonal blocks; None: both factors are dense. A layer may lack G.
     """
 
     name: str
     input_dim: int
     output_dim: int
     groups: int = 1
+    factors: Mapping[Side, tuple[int, int]] | None = None
 
     def __post_init__(self) -> None:
         for field in ("input_dim", "output_dim", "groups"):
             if getattr(self, field) < 1:
                 raise ValueError(f"layer {self.name!r}: {field}={getattr(self, field)} must be at least 1")
 
+    def blocks(self, sides: Sides = "both") -> Mapping[Side, tuple[int, int]]:
+        """Side -> (order, number) of its blocks per group, for the sides that exist."""
+        every = self.factors or {"A": (self.input_dim, 1), "G": (self.output_dim, 1)}
+        return {side: block for side, block in every.items() if side in _sides(sides)}
+
     def inversion(self, side: Side) -> int:
-        """Cost of inverting A or G once: the cube of its order, per group."""
-        return self.groups * (self.input_dim if side == "A" else self.output_dim) ** 3
+        """Cost of inverting A or G once: the cube of the order of each block, per group; 0 without that factor."""
+        order, number = self.blocks().get(side, (0, 0))
+        return self.groups * number * order**3
 
     def preconditioning(self, sides: Sides = "both") -> int:
-        """Cost of G^-1 grad A^-1, paid every step: a g (a + g) per group, and a^2 g with A alone."""
-        a, g = self.input_dim, self.output_dim
-        return self.groups * a * g * (a + g if sides == "both" else a)
+        """Cost of G^-1 grad A^-1, paid every step: a g (a + g) per group, and a^2 g with A alone.
+
+        In the bracket blocks count with their order.
+        """
+        orders = (order for order, _ in self.blocks(sides).values())
+        return self.groups * self.input_dim * self.output_dim * sum(orders)
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Assignment:
         return sum(
             cost.inversion(side)
             for cost in self.costs
-            for side in _sides(self.sides)
+            for side in cost.blocks(self.sides)
             if self.owner[cost.name, side] == rank
         )
 
@@ -159,7 +170,7 @@ def assign(
     column_of = dict(zip(names, _longest_first(loads, len(columns)), strict=True))
     owner: dict[tuple[str, Side], int] = {}
     for index, column in enumerate(columns):
-        factors = [(cost, side) for cost in costs if column_of[cost.name] == index for side in _sides(sides)]
+        factors = [(cost, side) for cost in costs if column_of[cost.name] == index for side in cost.blocks(sides)]
         places = _longest_first([cost.inversion(side) for cost, side in factors], gradient_workers)
         owner.update({(cost.name, side): column[place] for (cost, side), place in zip(factors, places, strict=True)})
     rows = tuple(zip(*columns, strict=True))

@@ -13,34 +13,39 @@ from itertools import count
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 from kfac_dist.compat import GradientEdge, gradient_edge, in_backward
-from kfac_dist.layers import Layer
+from kfac_dist.layers import Layer, Part
+from kfac_dist.layers.watch import Split
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of one layer: its detached input, the edge of its output in the graph, and which forward it was part of.
+    """One call of one module: the edges of its outputs in the graph, and which forward it was part of.
 
-    ``edge`` is None where a hook on the output delivers the gradient: the graph holds the hook and the hook this call,
-    so with an edge, which holds the graph, nobody could ever free it. ``forward`` counts the outputs recorded before
-    this call, so that it is the index of the output it led to; ``number`` tells all calls apart.
+    ``edges`` is empty where a hook on the outputs delivers the gradients: the graph holds the hook and the hook this
+    call, so with an edge, which holds the graph, nobody could ever free it. ``forward`` counts the outputs recorded
+    before this call, so that it is the index of the output it led to; ``number`` tells all calls apart.
     """
 
-    layer: Layer
-    x: Tensor
-    edge: GradientEdge | None
+    edges: tuple[GradientEdge, ...]
+    split: Split
     forward: int
     number: int
 
+    def parts(self, gradients: Sequence[Tensor | None]) -> Sequence[Part]:
+        """What the call was to each of its layers; nothing where none of its outputs leads to the logits."""
+        return self.split(gradients) if any(g is not None for g in gradients) else ()
+
 
 class Capture:
-    """Records the calls of ``layers`` and the outputs of one module.
+    """Records the calls of ``layers`` and the outputs of one module (it fulfils :class:`kfac_dist.layers.Record`).
 
     Args:
         layers: the layers to watch.
         output_module: the module whose output is the logits.
-        on_gradient: called with a call and the gradient of its output during every training backward (the empirical
+        on_gradients: called with a call and the gradients of its outputs during every training backward (the empirical
             Fisher); None: gradients are asked for later, at the edges.
     """
 
@@ -48,7 +53,7 @@ class Capture:
         self,
         layers: Sequence[Layer],
         output_module: nn.Module,
-        on_gradient: Callable[[Call, Tensor], None] | None = None,
+        on_gradients: Callable[[Call, Sequence[Tensor | None]], None] | None = None,
     ) -> None:
         self.active = False
         self.calls: list[Call] = []
@@ -57,10 +62,8 @@ class Capture:
         self.layers_ran = False
         self._numbers = count()
         self.recomputed: set[str] = set()
-        self._on_gradient = on_gradient
-        self._handles = [
-            layer.module.register_forward_hook(self._layer_hook(layer), with_kwargs=True) for layer in layers
-        ]
+        self._on_gradients = on_gradients
+        self._handles = [handle for layer in layers for handle in layer.watch(self)]
         # Outputs recorded when a call of the output module began, for each of its calls that still runs.
         self._running: list[int] = []
         self._handles.append(output_module.register_forward_pre_hook(self._output_pre_hook(output_module)))
@@ -69,30 +72,32 @@ class Capture:
     def _recording(self) -> bool:
         return self.active and torch.is_grad_enabled()
 
+    def wanted(self, names: Sequence[str]) -> bool:
+        """See :class:`kfac_dist.layers.Record`."""
+        if not self._recording():
+            return False
+        if in_backward():
+            self.recomputed.update(names)
+            return False
+        return True
+
+    def __call__(self, names: Sequence[str], outputs: Sequence[Tensor], split: Split) -> None:
+        """See :class:`kfac_dist.layers.Record`."""
+        if not all(output.requires_grad for output in outputs):
+            return
+        self.layers_ran = True
+        on_gradients = self._on_gradients
+        edges = tuple(gradient_edge(output) for output in outputs) if on_gradients is None else ()
+        call = Call(edges, split, len(self.outputs), next(self._numbers))
+        if on_gradients is None:
+            self.calls.append(call)
+        elif len(outputs) == 1:
+            outputs[0].register_hook(lambda gradient: on_gradients(call, [gradient.detach()]))
+        else:
+            register_multi_grad_hook(outputs, lambda gradients: on_gradients(call, gradients))
+
     # The hooks are plain functions, which copy.deepcopy takes over as they are: a copy of the model (weight averaging
     # makes one) then calls them with its own modules, and they ignore it.
-
-    def _layer_hook(self, layer: Layer) -> Callable[..., None]:
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
-            if module is not layer.module or not self._recording():
-                return
-            if in_backward():
-                self.recomputed.add(layer.name)
-                return
-            if not output.requires_grad:
-                return
-            self.layers_ran = True
-            x = args[0] if args else kwargs["input"]
-            edge = gradient_edge(output) if self._on_gradient is None else None
-            call = Call(layer, x.detach(), edge, len(self.outputs), next(self._numbers))
-            if self._on_gradient is None:
-                self.calls.append(call)
-            else:
-                on_gradient = self._on_gradient
-                output.register_hook(lambda gradient: on_gradient(call, gradient.detach()))
-
-        return hook
 
     def _output_pre_hook(self, output_module: nn.Module) -> Callable[..., None]:
         @torch.compiler.disable
@@ -114,7 +119,7 @@ class Capture:
                 return
             if isinstance(output, Tensor) and output.dim() > 0 and output.requires_grad:
                 # Only a pass of our own needs the graph; a forward that no backward follows is freed otherwise.
-                self.outputs.append(output if self._on_gradient is None else output.detach())
+                self.outputs.append(output if self._on_gradients is None else output.detach())
             else:
                 shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
                 self.other_outputs.add(f"{type(output).__name__}{shape}")

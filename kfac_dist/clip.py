@@ -38,7 +38,7 @@ def learning_rates(layers: Sequence[Layer], lr: float | Optimizer, like: Tensor)
     if not isinstance(lr, Optimizer):
         return like.new_full((len(layers),), float(lr))
     rates = {id(p): float(group["lr"]) for group in lr.param_groups for p in group["params"]}
-    missing = [layer.name for layer in layers if id(layer.weight) not in rates]
+    missing = [layer.name for layer in layers if id(layer.parameters[0]) not in rates]
     if missing:
         raise ValueError(f"the optimizer given as lr does not hold the weights of {', '.join(missing)}")
-    return like.new_tensor([rates[id(layer.weight)] for layer in layers])
+    return like.new_tensor([rates[id(layer.parameters[0])] for layer in layers])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -165,8 +165,72 @@ class CoarseConfig:
         return cls(space=value, damping="auto" if value in RATE_FREE_SPACES else None)
 
 
+def check_patterns(name: str, patterns: Sequence[object]) -> None:
+    """Raise ValueError unless all ``patterns`` are regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)  # type: ignore[call-overload]
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
-class KFACConfig:
+class LayerOptions:
+    """Which modules are treated, and how their blocks are approximated.
+
+    Attributes:
+        skip_layers: regular expressions, searched in module names and class names: what they find is left alone.
+        kfac_approx: what weight sharing is taken for, "expand" (every location is a sample of its own) or "reduce" (a
+            sample's locations are averaged first); or pattern -> one of them, as in ``skip_layers``: the first pattern
+            that is found decides, "expand" where there is none (Eschenhagen et al. 2023, arXiv 2311.00636).
+        max_factor_dim: a factor of a larger order falls back to a block-diagonal or diagonal one.
+        large_factors: "blocks" (as few as the bound allows) or "diagonal".
+        norm_blocks: the Fisher block of a norm's scale and shift: "diagonal", "channel" (2 x 2, scale and shift of one
+            channel together) or "full".
+        uncovered: modules that no layer type treats keep their "plain" gradient, or get the "diagonal" of their Fisher
+            block.
+        factor_sides: "input" keeps no block that needs output gradients.
+    """
+
+    skip_layers: tuple[str, ...] = ()
+    kfac_approx: str | Mapping[str, str] = "expand"
+    max_factor_dim: int = 8192
+    large_factors: Literal["blocks", "diagonal"] = "blocks"
+    norm_blocks: Literal["diagonal", "channel", "full"] = "channel"
+    uncovered: Literal["plain", "diagonal"] = "plain"
+    factor_sides: Literal["both", "input"] = "both"
+
+    def __post_init__(self) -> None:
+        skip = self.skip_layers
+        object.__setattr__(self, "skip_layers", (skip,) if isinstance(skip, str) else tuple(skip))
+        check_patterns("skip_layers", self.skip_layers)
+        if isinstance(self.kfac_approx, Mapping):
+            object.__setattr__(self, "kfac_approx", dict(self.kfac_approx))
+            check_patterns("kfac_approx", list(self.kfac_approx))
+            for pattern, value in self.kfac_approx.items():
+                check_choice(f"kfac_approx[{pattern!r}]", value, ("expand", "reduce"))
+        else:
+            check_choice("kfac_approx", self.kfac_approx, ("expand", "reduce"))
+        check_positive_int("max_factor_dim", self.max_factor_dim)
+        check_choice("large_factors", self.large_factors, ("blocks", "diagonal"))
+        check_choice("norm_blocks", self.norm_blocks, ("diagonal", "channel", "full"))
+        check_choice("uncovered", self.uncovered, ("plain", "diagonal"))
+        check_choice("factor_sides", self.factor_sides, ("both", "input"))
+
+    def skips(self, *names: str) -> bool:
+        """Whether a module of these names is left alone."""
+        return any(re.search(pattern, name) for pattern in self.skip_layers for name in names)
+
+    def approximation(self, *names: str) -> str:
+        """What the first pattern says that is found in one of ``names``."""
+        if isinstance(self.kfac_approx, str):
+            return self.kfac_approx
+        found = (v for pattern, v in self.kfac_approx.items() if any(re.search(pattern, name) for name in names))
+        return next(found, "expand")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFACConfig(LayerOptions):
     """Everything about the method that is not the model: see :class:`kfac_dist.KFACPreconditioner` for the meanings."""
 
     likelihood: str = "empirical"
@@ -174,16 +238,15 @@ class KFACConfig:
     class_dim: int = 1
     damping: Schedule = 0.01
     damping_method: Literal["factored", "eigen"] = "factored"
-    factor_sides: Literal["both", "input"] = "both"
     factor_decay: float = 0.95
     factor_every_n_steps: int = 10
     inverse_every_n_steps: int = 100
     kl_clip: float | None = None
     loss_reduction: str | float = "mean"
-    skip_layers: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.fisher_samples != "exact":
             check_positive_int("fisher_samples", self.fisher_samples)
         if isinstance(self.class_dim, bool) or not isinstance(self.class_dim, int) or self.class_dim == 0:
@@ -191,7 +254,6 @@ class KFACConfig:
         if not callable(self.damping):
             check_number("damping", self.damping, 0.0, open_low=True)
         check_choice("damping_method", self.damping_method, ("factored", "eigen"))
-        check_choice("factor_sides", self.factor_sides, ("both", "input"))
         check_number("factor_decay", self.factor_decay, 0.0, 1.0)
         if self.factor_decay == 1:
             raise ValueError("factor_decay=1 would never forget the first batch; choose a number below 1, such as 0.95")
@@ -203,10 +265,5 @@ class KFACConfig:
             check_choice("loss_reduction", self.loss_reduction, ("mean", "sum", "mean_all"))
         else:
             check_number("loss_reduction", self.loss_reduction, 0.0, open_low=True)
-        for pattern in self.skip_layers:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(f"skip_layers: {pattern!r} is not a regular expression: {error}") from error
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed!r} must be an integer in [0, 2^63)")

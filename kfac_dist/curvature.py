@@ -1,6 +1,6 @@
 """The two collectives of the fine level: statistics to factors, and factors to inverses.
 
-Words of the buffers, with a and g the sides of a layer's factors:
+Words of the buffers, with a and g the sides of a layer's dense factors (blocks count one by one):
     factors   sum over layers of a (a + 1) / 2 + g (g + 1) / 2, plus a header of 6 + layers + 2 ranks
     inverses  the same sum ("factored" with a constant damping), or a^2 + a + g^2 + g (eigenbases), plus one status
               per factor
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kfac_dist.assignment import Assignment, Side
 from kfac_dist.comm import Communicator
+from kfac_dist.factors import FactorShape
 from kfac_dist.fused import FusedBuffer, pack_symmetric, triangle_size, unpack_symmetric
 from kfac_dist.inverse import (
     DenseInverse,
@@ -33,9 +34,9 @@ from kfac_dist.state import Factors, LayerState
 from kfac_dist.statistics import Statistics
 
 
-def factor_dims(layer: Layer, sides: Sequence[Side]) -> dict[Side, int]:
-    """Side -> order of that factor."""
-    return {side: layer.input_dim if side == "A" else layer.output_dim for side in sides}
+def factor_shapes(layer: Layer, sides: Sequence[Side]) -> dict[Side, FactorShape]:
+    """Side -> how that factor is stored, for the sides that are kept and that the layer has."""
+    return {side: shape for side, shape in layer.factors.items() if side in sides}
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def reduce_statistics(
     ranks, count = communicator.size, len(layers)
     sizes: dict[object, int] = {"header": 6 + count + 2 * ranks}
     for layer in layers:
-        for side, dim in factor_dims(layer, sides).items():
-            sizes[layer.name, side] = layer.groups * triangle_size(dim)
+        for side, shape in factor_shapes(layer, sides).items():
+            sizes[layer.name, side] = packed_words(shape)
     buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
     if health.statistics:
         for side, sums in (("A", statistics.A), ("G", statistics.G)):
@@ -119,9 +120,10 @@ def reduce_statistics(
     for layer in layers:
         n = rows[layer.name]
         if n > 0:
+            n = samples if layer.joint else n  # the block itself is a mean over samples, whatever calls there were
             parts = {
-                side: unpack_symmetric(buffer[layer.name, side], layer.groups, dim).div_(n)
-                for side, dim in factor_dims(layer, sides).items()
+                side: unpack_symmetric(buffer[layer.name, side], *shape.stored[:2]).div_(n)
+                for side, shape in factor_shapes(layer, sides).items()
             }
             factors[layer.name] = Factors(parts["A"], parts.get("G"), n / samples)
     pairs = total[6 + count :]
@@ -172,39 +174,39 @@ class InverseExchange:
         self._eigen = eigen
         self._factored = factored
 
-    def _words(self, layer: Layer, dim: int) -> int:
-        return layer.groups * (dim * dim + dim if self._eigen else triangle_size(dim))
+    def _words(self, shape: FactorShape) -> int:
+        count, size, _ = shape.stored
+        return count * (size * size + size) if self._eigen else packed_words(shape)
 
     def refresh(self, states: Mapping[str, LayerState], damping: float, dtype: torch.dtype) -> list[Outcome]:
         """Invert ``state.inverted`` of every layer of this column; returns the outcomes of this rank's own factors."""
         layers = [layer for layer in self._layers if states[layer.name].inverted is not None]
         if not layers:
             return []
-        sizes: dict[object, int] = {"status": len(layers) * len(self._sides)}
+        shapes = {layer.name: factor_shapes(layer, self._sides) for layer in layers}
+        sizes: dict[object, int] = {"status": sum(map(len, shapes.values()))}
         for layer in layers:
-            for side, dim in factor_dims(layer, self._sides).items():
-                sizes[layer.name, side] = self._words(layer, dim)
+            for side, shape in shapes[layer.name].items():
+                sizes[layer.name, side] = self._words(shape)
         buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
         own: list[Outcome] = []
-        for index, layer in enumerate(layers):
-            state = states[layer.name]
-            for offset, side in enumerate(self._sides):
-                if self._assignment.owner[layer.name, side] == self._rank:
-                    outcome, inverse = self._factorise(state, side, damping)
-                    own.append(outcome)
-                    buffer["status"][index * len(self._sides) + offset] = float(outcome)
-                    self._pack(inverse, buffer[layer.name, side])
+        places = [(layer, side) for layer in layers for side in shapes[layer.name]]
+        for place, (layer, side) in enumerate(places):
+            if self._assignment.owner[layer.name, side] == self._rank:
+                outcome, inverse = self._factorise(layer, states[layer.name], side, damping)
+                own.append(outcome)
+                buffer["status"][place] = float(outcome)
+                self._pack(inverse, buffer[layer.name, side])
         self._column.all_reduce(buffer.flat, phase="inverses")
         for layer in layers:
             state = states[layer.name]
-            dims = factor_dims(layer, self._sides)
             state.inverses = {
-                side: self._unpack(buffer[layer.name, side], layer.groups, dim) for side, dim in dims.items()
+                side: self._unpack(buffer[layer.name, side], shape) for side, shape in shapes[layer.name].items()
             }
-            state.preconditioner = self._preconditioner(state)
+            state.preconditioner = self._preconditioner(layer, state)
         return own
 
-    def _factorise(self, state: LayerState, side: str, damping: float) -> tuple[Outcome, FactorInverse]:
+    def _factorise(self, layer: Layer, state: LayerState, side: Side, damping: float) -> tuple[Outcome, FactorInverse]:
         factors = state.inverted
         assert factors is not None  # refresh() passes such states only
         factor = factors.sides()[side]
@@ -213,7 +215,7 @@ class InverseExchange:
             return decompose(factor, last)
         if factors.G is None:
             return invert(factor, damping, last)
-        pi = pi_correction(factors.A, factors.G)
+        pi = _pi(layer, factors)
         shift = (damping / factors.locations) ** 0.5
         return invert(factor, shift * pi if side == "A" else shift / pi, last)
 
@@ -225,18 +227,30 @@ class InverseExchange:
             out[: vectors.numel()].copy_(vectors.reshape(-1))
             out[vectors.numel() :].copy_(values.reshape(-1))
 
-    def _unpack(self, words: Tensor, groups: int, dim: int) -> FactorInverse:
+    def _unpack(self, words: Tensor, shape: FactorShape) -> FactorInverse:
+        count, size, _ = shape.stored
         if not self._eigen:
-            return DenseInverse(unpack_symmetric(words, groups, dim))
-        split = groups * dim * dim
-        vectors = words[:split].view(groups, dim, dim).clone()
-        return EigenDecomposition(vectors, words[split:].view(groups, dim).clone())
+            return DenseInverse(unpack_symmetric(words, count, size))
+        split = count * size * size
+        vectors = words[:split].view(count, size, size).clone()
+        return EigenDecomposition(vectors, words[split:].view(count, size).clone())
 
-    def _preconditioner(self, state: LayerState) -> DensePreconditioner | EigenPreconditioner:
+    def _preconditioner(self, layer: Layer, state: LayerState) -> DensePreconditioner | EigenPreconditioner:
         factors, inverses = state.inverted, state.inverses
         assert factors is not None  # refresh() passes such states only
         A, G = inverses["A"], inverses.get("G")
         if isinstance(A, DenseInverse):
             return DensePreconditioner(A.matrix, G.matrix if isinstance(G, DenseInverse) else None, factors.locations)
-        pi = pi_correction(factors.A, factors.G) if self._factored and factors.G is not None else None
+        pi = _pi(layer, factors) if self._factored and factors.G is not None else None
         return EigenPreconditioner(A, G if isinstance(G, EigenDecomposition) else None, factors.locations, pi)
+
+
+def packed_words(shape: FactorShape) -> int:
+    """Words of a packed factor or inverse."""
+    count, size, _ = shape.stored
+    return count * triangle_size(size)
+
+
+def _pi(layer: Layer, factors: Factors) -> Tensor:
+    assert factors.G is not None  # with the input side alone there is nothing to balance
+    return pi_correction(layer.factors["A"].mean_diagonal(factors.A), layer.factors["G"].mean_diagonal(factors.G))

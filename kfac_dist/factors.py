@@ -5,13 +5,18 @@ Shapes, for a layer with ``groups`` independent blocks (1 but for grouped convol
     output rows  (groups, R, d_out)
     A            (groups, a, a)      a = d_in + 1 with a bias (the constant 1 is the LAST coordinate), else d_in
     G            (groups, d_out, d_out)
+A factor that is block diagonal itself, ``blocks`` blocks of order ``size``, is (groups * blocks, size, size); blocks of
+order 1 make it diagonal. Where ``size`` does not divide the order, the last block ends in zeros.
 With B samples and T = R / B locations per sample: A = sum a a^T / (B T), G = sum g g^T / (B T), and the layer's Fisher
 block is approximated by T (G (x) A) (Martens and Grosse 2015, section 3; Grosse and Martens 2016, equation 30).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 STATISTICS_DTYPES = (torch.float32, torch.float64)
@@ -22,23 +27,64 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in STATISTICS_DTYPES else torch.float32
 
 
-def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class FactorShape:
+    """How one factor of one layer is stored.
+
+    Attributes:
+        groups: independent factors of the layer.
+        dim: order of each.
+        blocks: diagonal blocks into which each is cut; 1: it is dense.
+    """
+
+    groups: int
+    dim: int
+    blocks: int = 1
+
+    @classmethod
+    def limited(cls, groups: int, dim: int, limit: int) -> FactorShape:
+        """The fewest equal blocks whose order is at most ``limit``."""
+        size = -(-dim // -(-dim // limit))
+        return cls(groups, dim, -(-dim // size))
+
+    @property
+    def size(self) -> int:
+        """Order of a block."""
+        return -(-self.dim // self.blocks)
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """Shape of the tensor."""
+        return self.groups * self.blocks, self.size, self.size
+
+    def mean_diagonal(self, factor: Tensor) -> Tensor:
+        """The trace over the order, (groups,)."""
+        return factor.diagonal(dim1=-2, dim2=-1).reshape(self.groups, -1).sum(-1) / self.dim
+
+
+def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | None = None, blocks: int = 1) -> Tensor:
     """Sum over the rows of r r^T, with a constant 1 appended to every row where ``ones``.
 
     Args:
         rows: (groups, R, d).
-        ones: append the bias coordinate; no copy of the rows is made for it.
+        ones: append the bias coordinate; for a dense factor no copy of the rows is made for it.
         weights: (R,) of zeros and ones: rows of weight 0 do not count.
+        blocks: only the ``blocks`` diagonal blocks of the sum are wanted.
 
     Returns:
-        (groups, d', d') with d' = d + 1 where ``ones``, else d.
+        (groups * blocks, d'', d'') where d'' = ceil(d' / blocks) and d' = d + 1 where ``ones``, else d.
     """
+    groups, count, dim = rows.shape
     if weights is not None:
         rows = rows * weights.to(rows.dtype)[None, :, None]
+    if blocks > 1:
+        if ones:
+            column = rows.new_ones(count) if weights is None else weights.to(rows.dtype)
+            rows = torch.cat([rows, column[None, :, None].expand(groups, count, 1)], dim=-1)
+        return _block_moments(rows, blocks)
     moments = rows.mT @ rows
     if not ones:
         return moments
-    groups, count, dim = rows.shape
     bordered = moments.new_empty(groups, dim + 1, dim + 1)
     bordered[:, :dim, :dim] = moments
     sums = rows.sum(1)
@@ -46,6 +92,16 @@ def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | Non
     bordered[:, dim, :dim] = sums
     bordered[:, dim, dim] = count if weights is None else weights.to(rows.dtype).sum()
     return bordered
+
+
+def _block_moments(rows: Tensor, blocks: int) -> Tensor:
+    groups, count, dim = rows.shape
+    size = -(-dim // blocks)
+    if size == 1:
+        return rows.square().sum(1).reshape(groups * blocks, 1, 1)
+    padded = F.pad(rows, (0, blocks * size - dim)).view(groups, count, blocks, size)
+    cut = padded.permute(0, 2, 1, 3).reshape(groups * blocks, count, size)
+    return cut.mT @ cut
 
 
 def decay_weight(updates: int, decay: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Fine:
         communicator: over all ranks.
         damping: lam, of the fine level.
         coarse_damping: lam_c, in F_l.
+        joint: the layers whose block has one factor, of whole gradients.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class Fine:
         communicator: Communicator,
         damping: float,
         coarse_damping: float,
+        joint: Collection[str] = (),
     ) -> None:
         self.gradients = gradients
         self.directions = directions
         self.momentum: Mapping[str, Tensor] | None = None
+        self.joint = joint
         self.factor_updates = sum(state.updates for state in states.values())
         self._states = states
         self._samples = samples
@@ -107,7 +110,7 @@ class Fine:
         buffer = FusedBuffer(sizes, like.dtype, like.device)  # type: ignore[arg-type]
         for name in self.shapes:
             if self._assignment.owner[name, "A"] == self._communicator.rank:
-                pairs = _extreme_pairs(self._states[name], counts[name], largest)
+                pairs = _extreme_pairs(self._states[name], self.shapes[name], counts[name], largest)
                 buffer[name].copy_(torch.cat([part.reshape(-1) for pair in pairs for part in pair]).to(like))
         self._communicator.all_reduce(buffer.flat, phase="coarse_eigenvectors")
         result: dict[str, list[RankOne]] = {}
@@ -120,20 +123,45 @@ class Fine:
         return result
 
 
-def _extreme_pairs(state: LayerState, count: int, largest: bool) -> list[RankOne]:
+def _extreme_pairs(state: LayerState, shape: tuple[int, int, int], count: int, largest: bool) -> list[RankOne]:
     """The ``count`` eigenvectors q_G (x) q_A of a layer with the extreme products of eigenvalues, over all groups."""
-    factors = state.factors
+    factors, (groups, d_out, d_in) = state.factors, shape
     assert factors is not None
-    assert factors.G is not None  # the space refuses factor_sides="input"
-    values_a, vectors_a = torch.linalg.eigh(factors.A.double())
-    values_g, vectors_g = torch.linalg.eigh(factors.G.double())
-    products = values_g.clamp_min(0.0)[:, :, None] * values_a.clamp_min(0.0)[:, None, :]
+    A = _Spectrum(factors.A, groups, d_in)
+    G = None if factors.G is None else _Spectrum(factors.G, groups, d_out)  # without G the block is A itself
+    values_g = torch.ones_like(A.values[:, :1]) if G is None else G.values
+    products = values_g[:, :, None] * A.values[:, None, :]
     order = products.flatten().argsort(descending=largest, stable=True)[:count].tolist()
-    _, d_out, d_in = products.shape
+    _, across, along = products.shape
     pairs = []
     for index in order:
-        group, row, column = index // (d_out * d_in), index // d_in % d_out, index % d_in
-        left, right = torch.zeros_like(values_g), torch.zeros_like(values_a)
-        left[group], right[group] = vectors_g[group, :, row], vectors_a[group, :, column]
+        group, row, column = index // (across * along), index // along % across, index % along
+        left, right = A.values.new_zeros(groups, d_out), A.values.new_zeros(groups, d_in)
+        left[group] = 1.0 if G is None else G.vector(group, row)
+        right[group] = A.vector(group, column)
         pairs.append(RankOne(left, right))
     return pairs
+
+
+class _Spectrum:
+    """The eigenvalues (groups, dim) of one factor, and its eigenvectors one by one; in float64."""
+
+    def __init__(self, factor: Tensor, groups: int, dim: int) -> None:
+        self._dim, self._size = dim, factor.shape[-1]
+        blocks = factor.double().view(groups, -1, self._size, self._size)
+        if self._size == 1:
+            self.values = blocks.view(groups, dim).clamp_min(0.0)
+            return
+        # The last block may end in padding, which is cut off.
+        ends = [min(self._size, dim - start) for start in range(0, dim, self._size)]
+        parts = [torch.linalg.eigh(blocks[:, i, :end, :end]) for i, end in enumerate(ends)]
+        self.values = torch.cat([values for values, _ in parts], dim=1).clamp_min(0.0)
+        self._vectors = [vectors for _, vectors in parts]
+
+    def vector(self, group: int, index: int) -> Tensor:
+        """The eigenvector (dim,) of ``values[group, index]``."""
+        vector = self.values.new_zeros(self._dim)
+        block, column = divmod(index, self._size)
+        start = block * self._size
+        vector[start : start + self._size] = 1.0 if self._size == 1 else self._vectors[block][group, :, column]
+        return vector

@@ -17,7 +17,7 @@ from kfac_dist.capture import Call, Capture
 from kfac_dist.compat import full_float32
 from kfac_dist.config import KFACConfig
 from kfac_dist.draws import default_sample_ids, uniforms
-from kfac_dist.layers import Layer
+from kfac_dist.layers import Layer, Part
 from kfac_dist.likelihoods import Likelihood, likelihoods
 from kfac_dist.samples import KeptBatch, Samples
 from kfac_dist.statistics import MicroBatch, Statistics
@@ -90,7 +90,7 @@ class Fisher:
         if self._likelihood is not None:
             check_not_normalised(output, self._likelihood, config.likelihood)
         self.statistics = Statistics(layers, config.factor_sides == "both")
-        self.capture = Capture(layers, output, self._take_training_gradient if self._empirical else None)
+        self.capture = Capture(layers, output, self._take_training_gradients if self._empirical else None)
         self._batches: dict[int, MicroBatch] = {}
         self._counted: set[int] = set()
         self.samples: Samples | None = None
@@ -196,23 +196,27 @@ class Fisher:
             for number, (cotangent, weight) in enumerate(self._cotangents(step, forward, output, ids, batch)):
                 if watch:
                     self._add_sampled_scale(cotangent, weight)
-                gradients = self._gradients_at(calls, output, cotangent)
+                gradients = iter(self._gradients_at(calls, output, cotangent))
                 with full_float32():  # the pass itself ran in the precision of the user's backward
-                    for call, g in zip(calls, gradients, strict=True):
-                        if g is None:  # the layer does not lead to the logits
-                            continue
-                        if number == 0:
-                            self.statistics.add_input(call.layer, call.x, call.layer.rows(g), batch)
-                        self.statistics.add_output(call.layer, g, weight)
-                        self._keep(batch, call, g, weight**0.5)
+                    for call in calls:
+                        at_outputs = [next(gradients) for _ in call.edges]
+                        self._take(call, call.parts(at_outputs), batch, weight, first=number == 0)
             self.statistics.add_batch(batch)
             if watch:  # only now: a tensor hook would fire in the pass above as well
                 self._watch_training_scale(output, batch)
 
+    def _take(self, call: Call, parts: Sequence[Part], batch: MicroBatch, weight: float, *, first: bool) -> None:
+        """One draw of one call into the sums and, within the quota, to the coarse level's samples."""
+        for index, part in enumerate(parts):
+            if first:
+                self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
+            self.statistics.add_output(part, batch, weight)
+            self._keep(batch, (call.number, index), part, weight**0.5)
+
     def _gradients_at(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> Sequence[Tensor | None]:
-        if not calls:
+        edges = [edge for call in calls for edge in call.edges]
+        if not edges:
             return []
-        edges = [call.edge for call in calls if call.edge is not None]
         try:
             return torch.autograd.grad(output, edges, cotangent, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
@@ -243,7 +247,7 @@ class Fisher:
 
     # -- the empirical Fisher -------------------------------------------------------------------------------------
 
-    def _take_training_gradient(self, call: Call, gradient: Tensor) -> None:
+    def _take_training_gradients(self, call: Call, gradients: Sequence[Tensor | None]) -> None:
         """Runs inside the training backward, once for every call of a layer."""
         if not self.capture.active:
             return
@@ -260,22 +264,24 @@ class Fisher:
             self._counted.add(index)
             self.statistics.add_batch(batch)
         scale = batch.per_sample_scale(self._config.loss_reduction)
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False), full_float32():
-            self.statistics.add_input(call.layer, call.x, call.layer.rows(gradient), batch)
-            self.statistics.add_output(call.layer, gradient, 1.0, scale)
-            self._keep(batch, call, gradient, scale)
+        device = self.capture.outputs[index].device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
+            for number, part in enumerate(call.parts(gradients)):
+                self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
+                self.statistics.add_output(part, batch, 1.0, scale)
+                self._keep(batch, (call.number, number), part, scale)
 
     # -- for the coarse level -------------------------------------------------------------------------------------
 
-    def _keep(self, batch: MicroBatch, call: Call, g: Tensor, weight: float) -> None:
-        """Keep the call's input and this draw of its gradient, if the sample quota reaches so far."""
+    def _keep(self, batch: MicroBatch, key: object, part: Part, weight: float) -> None:
+        """Keep a layer's input and this draw of its gradient, if the sample quota reaches so far."""
         if self.samples is None:
             return
         if batch.index not in self._kept:
             self._kept[batch.index] = self.samples.begin(batch.size, batch.mask)
         kept = self._kept[batch.index]
         if kept is not None:
-            self.samples.keep(kept, batch.size, call.number, call.layer, call.x, g, weight)
+            self.samples.keep(kept, batch.size, key, part, weight)
 
     # -- do the two losses agree in scale? ------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Damped inverses of the Kronecker factors and how they precondition a gradient.
 
 Shapes: factors A (groups, a, a) and G (groups, g, g), symmetric positive semi-definite; a gradient X and a direction
-(groups, g, a), whose row-major flattening makes the layer's Fisher block T (G (x) A); T locations per sample.
+(groups, g, a), whose row-major flattening makes the layer's Fisher block T (G (x) A); T locations per sample. A factor
+that is block diagonal itself comes as (groups * blocks, size, size), padded with zeros (:mod:`kfac_dist.factors`).
 
 "eigen":    (T (G (x) A) + lam I)^-1, exactly, in the factors' eigenbases.
 "factored": T (G + s/pi I) (x) (A + s pi I), s = sqrt(lam / T), pi^2 = (tr A / a) / (tr G / g)
@@ -16,6 +17,7 @@ from enum import IntEnum
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Solved = TypeVar("Solved")
@@ -49,16 +51,39 @@ class EigenDecomposition:
 FactorInverse = DenseInverse | EigenDecomposition
 
 
-def pi_correction(A: Tensor, G: Tensor) -> Tensor:
-    """The factor pi (groups,): sqrt((tr A / a) / (tr G / g)); 1 where that is no finite number above 0."""
-    mean_a = A.diagonal(dim1=-2, dim2=-1).mean(-1)
-    mean_g = G.diagonal(dim1=-2, dim2=-1).mean(-1)
+def pi_correction(mean_a: Tensor, mean_g: Tensor) -> Tensor:
+    """The factor pi (groups,): sqrt((tr A / a) / (tr G / g)), of the two mean diagonals (groups,).
+
+    It is 1 where that is no finite number above 0.
+    """
     pi = (mean_a / mean_g).sqrt()
     usable = (mean_a > 0) & (mean_g > 0) & torch.isfinite(pi) & (pi > 0)
     return torch.where(usable, pi, torch.ones_like(pi))
 
 
+def times_right(X: Tensor, M: Tensor) -> Tensor:
+    """X M: (groups, r, d) by block-diagonal matrices (groups * blocks, s, s); (groups, r, blocks * s), d padded."""
+    groups, rows, dim = X.shape
+    count, size, _ = M.shape
+    if count == groups:
+        return X @ M
+    blocks = count // groups
+    if size == 1:
+        return X * M.view(groups, 1, blocks)
+    if dim < blocks * size:
+        X = F.pad(X, (0, blocks * size - dim))
+    cut = X.view(groups, rows, blocks, size).transpose(1, 2).reshape(count, rows, size)
+    return (cut @ M).view(groups, blocks, rows, size).transpose(1, 2).reshape(groups, rows, blocks * size)
+
+
+def times_left(M: Tensor, X: Tensor) -> Tensor:
+    """M X: the same from the other side, (groups, blocks * s, c)."""
+    return M @ X if M.shape[0] == X.shape[0] else times_right(X.mT, M.mT).mT
+
+
 def _cholesky_inverse(matrices: Tensor) -> Tensor | None:
+    if matrices.shape[-1] == 1:
+        return matrices.reciprocal() if bool(((matrices > 0) & torch.isfinite(matrices)).all()) else None
     factor, info = torch.linalg.cholesky_ex(matrices)
     if bool(info.any()):
         return None
@@ -68,7 +93,10 @@ def _cholesky_inverse(matrices: Tensor) -> Tensor | None:
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     try:
-        values, vectors = torch.linalg.eigh(matrices)
+        if matrices.shape[-1] == 1:
+            values, vectors = matrices[..., 0], torch.ones_like(matrices)
+        else:
+            values, vectors = torch.linalg.eigh(matrices)
     except RuntimeError:  # LinAlgError is one: the iteration did not converge
         return None
     if not bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
@@ -94,10 +122,12 @@ def _first_success(matrices: Tensor, solve: Callable[[Tensor], Solved | None]) -
 
 
 def add_to_diagonal(matrices: Tensor, shift: Tensor | float) -> Tensor:
-    """The matrices + shift I, a new tensor; ``shift`` is a number or (groups,)."""
+    """The matrices + shift I, a new tensor; ``shift`` is a number or (groups,), the same for all blocks of a group."""
     damped = matrices.clone()
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
-    diagonal.add_(shift[:, None] if isinstance(shift, Tensor) else shift)
+    if isinstance(shift, Tensor):
+        shift = shift.repeat_interleave(len(matrices) // len(shift))[:, None]
+    diagonal.add_(shift)
     return damped
 
 
@@ -136,7 +166,7 @@ def _mean_diagonal(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DensePreconditioner:
-    """X -> G^-1 X A^-1 / T, from inverses that already hold the damping; without G^-1: X A^-1 (input side only)."""
+    """X -> G^-1 X A^-1 / T, from inverses that already hold the damping; without G^-1: X A^-1 (one side only)."""
 
     A: Tensor
     G: Tensor | None
@@ -144,9 +174,10 @@ class DensePreconditioner:
 
     def apply(self, gradient: Tensor, damping: float) -> Tensor:
         """The direction (groups, g, a); ``damping`` stands in the inverses."""
+        _, d_out, d_in = gradient.shape
         if self.G is None:
-            return gradient @ self.A
-        return (self.G @ gradient @ self.A).div_(self.locations)
+            return times_right(gradient, self.A)[..., :d_in]
+        return times_right(times_left(self.G, gradient), self.A)[:, :d_out, :d_in].div_(self.locations)
 
 
 @dataclass(frozen=True)
@@ -161,11 +192,28 @@ class EigenPreconditioner:
     locations: float
     pi: Tensor | None
 
-    def denominators(self, damping: float) -> Tensor:
-        """The damped eigenvalues of the layer's block, (groups, g, a) (or (groups, 1, a) for the input side)."""
+    def rotate(self, X: Tensor) -> Tensor:
+        """The coefficients Q_G^T X Q_A, padded where the factors are: (groups, g', a')."""
+        rotated = times_right(X, self.A.vectors)
+        return rotated if self.G is None else times_left(self.G.vectors.mT, rotated)
+
+    def unrotate(self, coefficients: Tensor, d_out: int, d_in: int) -> Tensor:
+        """Q_G coefficients Q_A^T, (groups, d_out, d_in)."""
+        X = coefficients if self.G is None else times_left(self.G.vectors, coefficients)
+        return times_right(X, self.A.vectors.mT)[:, :d_out, :d_in]
+
+    def values(self, groups: int) -> tuple[Tensor, Tensor]:
+        """The eigenvalues of A and of G (1 without it), to be multiplied: (groups, 1, a') and (groups, g' or 1, 1)."""
+        values_a = self.A.values.reshape(groups, 1, -1)
         if self.G is None:
-            return self.A.values[:, None, :] + damping
-        values_a, values_g = self.A.values[:, None, :], self.G.values[:, :, None]
+            return values_a, torch.ones_like(values_a[..., :1])
+        return values_a, self.G.values.reshape(groups, -1, 1)
+
+    def denominators(self, damping: float, groups: int | None = None) -> Tensor:
+        """The damped eigenvalues of the layer's block, (groups, g' or 1, a'); dense factors tell ``groups``."""
+        values_a, values_g = self.values(groups or len(self.A.values))
+        if self.G is None:
+            return values_a + damping
         if self.pi is None:
             return self.locations * values_g * values_a + damping
         shift = (damping / self.locations) ** 0.5
@@ -174,10 +222,8 @@ class EigenPreconditioner:
 
     def apply(self, gradient: Tensor, damping: float) -> Tensor:
         """The direction (groups, g, a) at this ``damping``."""
-        if self.G is None:
-            return (gradient @ self.A.vectors / self.denominators(damping)) @ self.A.vectors.mT
-        rotated = self.G.vectors.mT @ gradient @ self.A.vectors
-        return self.G.vectors @ (rotated / self.denominators(damping)) @ self.A.vectors.mT
+        groups, d_out, d_in = gradient.shape
+        return self.unrotate(self.rotate(gradient) / self.denominators(damping, groups), d_out, d_in)
 
 
 LayerPreconditioner = DensePreconditioner | EigenPreconditioner

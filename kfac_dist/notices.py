@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
-from kfac_dist.layers import Layer
+from kfac_dist.layers import FoundLayers
 
 
 class Notices:
@@ -29,11 +29,14 @@ class Notices:
         if self.first(key) and self._rank == 0:
             warnings.warn(message, stacklevel=4)
 
-    def refused(self, reasons: Mapping[str, str]) -> None:
-        """Name the modules that no layer type treats, with the reasons."""
-        if reasons:
-            named = "; ".join(f"{name} ({reason})" for name, reason in reasons.items())
+    def found(self, found: FoundLayers) -> None:
+        """Name the modules that no layer type treats, with the reasons, and the factors that were cut down."""
+        if found.refused:
+            named = "; ".join(f"{name} ({reason})" for name, reason in found.refused.items())
             self.once("refused", f"these modules keep their plain gradient: {named}")
+        if found.reduced:
+            named = "; ".join(f"{name} ({what})" for name, what in found.reduced.items())
+            self.once("reduced", f"factors larger than max_factor_dim: {named}")
 
     def silent(self, names: Sequence[str], recomputed: Collection[str]) -> None:
         """Name the layers whose hooks did not fire in the first curvature batch."""
@@ -49,11 +52,11 @@ class Notices:
         self.once("silent", f"these layers keep their plain gradient: {', '.join(names)}; {cause}")
 
 
-def check_layers(model: nn.Module, layers: Sequence[Layer], refused: Mapping[str, str]) -> None:
+def check_layers(model: nn.Module, found: FoundLayers) -> None:
     """Raise ValueError where there is nothing to precondition, or where it lies on several devices."""
-    if not layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items()) or "it trains no such module"
+    if not found.layers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items()) or "it trains no such module"
         raise ValueError(f"{type(model).__name__} has no layer that K-FAC can treat ({reasons}); check skip_layers")
-    devices = {str(layer.device) for layer in layers}
+    devices = {str(layer.device) for layer in found.layers}
     if len(devices) > 1:
         raise ValueError(f"the layers lie on several devices ({', '.join(sorted(devices))}); put the model on one")

@@ -10,13 +10,19 @@ from torch import Tensor
 from kfac_dist.assignment import LayerCost, Side, assign, nearest_divisor
 from kfac_dist.comm import Communicator
 from kfac_dist.config import DistributionConfig, KFACConfig
-from kfac_dist.curvature import Health, InverseExchange, Reduced, reduce_statistics
+from kfac_dist.curvature import Health, InverseExchange, Reduced, factor_shapes, reduce_statistics
 from kfac_dist.directions import DirectionExchange
 from kfac_dist.factors import statistics_dtype
-from kfac_dist.layers import Layer
+from kfac_dist.layers import Layer, covered_parameters
 from kfac_dist.replicas import check_replicas, norm
 from kfac_dist.state import LayerState
 from kfac_dist.statistics import Statistics
+
+
+def layer_cost(layer: Layer) -> LayerCost:
+    """What the layer costs, for the assignment."""
+    sizes = {side: (shape.size, shape.blocks) for side, shape in layer.factors.items()}
+    return LayerCost(layer.name, layer.input_dim, layer.output_dim, layer.groups, sizes)
 
 
 class OneLevel:
@@ -45,7 +51,7 @@ class OneLevel:
         self.device = layers[0].device
         self.dtype = torch.float32
         for layer in layers:
-            self.dtype = torch.promote_types(self.dtype, statistics_dtype(layer.weight.dtype))
+            self.dtype = torch.promote_types(self.dtype, statistics_dtype(layer.dtype))
         self.states = {layer.name: LayerState() for layer in layers}
         self.loss_scale = 1.0
         self.rebuild = False
@@ -62,16 +68,15 @@ class OneLevel:
         return ("A", "G") if self.config.factor_sides == "both" else ("A",)
 
     def factor_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """Side -> shape of the layer's factor."""
-        orders = {"A": layer.input_dim, "G": layer.output_dim}
-        return {side: (layer.groups, orders[side], orders[side]) for side in self.sides}
+        """Side -> shape of the layer's stored factor."""
+        return {side: shape.stored for side, shape in factor_shapes(layer, self.sides).items()}
 
     def _distribute(self, distribution: DistributionConfig, eigen: bool) -> None:
         """Decide who inverts and who preconditions, and make the communicators of this rank's column and row."""
         config, world = self.config, self.world
         fractions = {"comm_opt": 1.0, "mem_opt": 1.0 / world.size, "hybrid": distribution.gradient_worker_fraction}
         workers = nearest_divisor(world.size, fractions[distribution.strategy] or 1.0)
-        costs = [LayerCost(layer.name, layer.input_dim, layer.output_dim, layer.groups) for layer in self.layers]
+        costs = [layer_cost(layer) for layer in self.layers]
         self.assignment = assign(costs, world.size, workers, config.inverse_every_n_steps, config.factor_sides)
         column = world.split(self.assignment.columns)
         row = world.split(self.assignment.rows)
@@ -96,7 +101,7 @@ class OneLevel:
         Raises:
             RuntimeError: no rank has samples, or the replicas drifted apart.
         """
-        parameters = [p for layer in self.layers for p in layer.parameters]
+        parameters = covered_parameters(self.layers)
         gradient_norm = norm([p.grad for p in parameters if p.grad is not None])
         health = Health(
             statistics=statistics.finite(),

@@ -18,7 +18,7 @@ from kfac_dist.compat import full_float32, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
 from kfac_dist.fine import Fine
 from kfac_dist.fisher import Fisher
-from kfac_dist.layers import find_layers
+from kfac_dist.layers import covered_parameters, find_layers
 from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
 from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
@@ -62,6 +62,14 @@ class KFACPreconditioner:
         distribution: "comm_opt", "mem_opt", a gradient-worker fraction or a DistributionConfig.
         process_group: None: the default group where torch.distributed is initialised, else one process.
         seed: of the sampled targets.
+        kfac_approx: "expand" (every location of a sequence or an image is a sample of its own) or "reduce" (the
+            locations are averaged first), or pattern -> one of them, the first pattern that is found in a module's or
+            class's name deciding (Eschenhagen et al. 2023, arXiv 2311.00636).
+        max_factor_dim: a factor of a larger order falls back to a block-diagonal or diagonal one.
+        large_factors: which of the two: "blocks" (as few as the bound allows) or "diagonal".
+        norm_blocks: the Fisher block of a norm's scale and shift: "diagonal", "channel" (2 x 2) or "full".
+        uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
+            Fisher block.
 
     Raises:
         ValueError: a value out of its bounds, a module name that does not exist, or a model without any layer that
@@ -88,6 +96,11 @@ class KFACPreconditioner:
         distribution: str | float | DistributionConfig = "comm_opt",
         process_group: Any = None,
         seed: int = 0,
+        kfac_approx: str | Mapping[str, str] = "expand",
+        max_factor_dim: int = 8192,
+        large_factors: Literal["blocks", "diagonal"] = "blocks",
+        norm_blocks: Literal["diagonal", "channel", "full"] = "channel",
+        uncovered: Literal["plain", "diagonal"] = "plain",
     ) -> None:
         if likelihood is None:
             warnings.warn(
@@ -107,14 +120,20 @@ class KFACPreconditioner:
             inverse_every_n_steps=inverse_every_n_steps,
             kl_clip=kl_clip,
             loss_reduction=loss_reduction,
-            skip_layers=(skip_layers,) if isinstance(skip_layers, str) else tuple(skip_layers),
+            skip_layers=skip_layers,  # type: ignore[arg-type]
             seed=seed,
+            kfac_approx=kfac_approx,
+            max_factor_dim=max_factor_dim,
+            large_factors=large_factors,
+            norm_blocks=norm_blocks,
+            uncovered=uncovered,
         )
         self.coarse = CoarseConfig.parse(coarse)
         self.distribution = DistributionConfig.parse(distribution)
         self.model = unwrap(model)
-        self.layers, refused = find_layers(self.model, self.config.skip_layers)
-        check_layers(self.model, self.layers, refused)
+        found = find_layers(self.model, self.config)
+        self.layers = found.layers
+        check_layers(self.model, found)
         space = None if self.coarse is None else coarse_spaces[self.coarse.space](self.coarse)
         if space is not None and space.needs_output_factor and factor_sides == "input":
             raise ValueError(
@@ -135,12 +154,13 @@ class KFACPreconditioner:
             self._world.close()
             raise
         self._samples: Samples | None = None
+        self._joint = frozenset(layer.name for layer in self.layers if layer.joint)
         self._step = 0
         self._notices = Notices(self._world.rank)
         self._timer = PhaseTimer(self._one.device)
         self.metrics = Metrics()
         self._begin()
-        self._notices.refused(refused)
+        self._notices.found(found)
 
     @property
     def assignment(self) -> Assignment:
@@ -283,7 +303,16 @@ class KFACPreconditioner:
         for _ in range(MAX_REJECTIONS):
             lam = two.damping(self._step, damping)
             fine = Fine(
-                gradients, directions, one.states, samples, one.exchange, one.assignment, self._world, damping, lam
+                gradients,
+                directions,
+                one.states,
+                samples,
+                one.exchange,
+                one.assignment,
+                self._world,
+                damping,
+                lam,
+                self._joint,
             )
             correction = two.correct(fine, samples, lam, self._step)
             update = plan_update(layers, gradients, directions, correction, self.config.kl_clip, lr)
@@ -331,7 +360,7 @@ class KFACPreconditioner:
 
     def _check_rate_free(self, optimizer: Optimizer, silent: Collection[str]) -> None:
         if self._two is not None and self._two.space.uses_momentum:
-            covered = [p for layer in self.layers if layer.name not in silent for p in layer.parameters]
+            covered = covered_parameters(layer for layer in self.layers if layer.name not in silent)
             check_rate_free(optimizer, covered, self._two.config.space)
 
     def _check_step(
@@ -373,7 +402,16 @@ class KFACPreconditioner:
             uncovered_lr: rate of the others (norms, embeddings, skipped layers).
             uncovered_momentum: momentum of the others; the covered ones get none.
         """
-        return parameter_groups(self.model, lr, uncovered_lr, uncovered_momentum, self.config.skip_layers)
+        config = self.config
+        return parameter_groups(
+            self.model,
+            lr,
+            uncovered_lr,
+            uncovered_momentum,
+            config.skip_layers,
+            config.uncovered,
+            config.factor_sides,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from kfac_dist.compat import unwrap
-from kfac_dist.layers import find_layers
+from kfac_dist.config import LayerOptions
+from kfac_dist.layers import covered_parameters, find_layers
 
 
 def parameter_groups(
@@ -19,6 +20,8 @@ def parameter_groups(
     uncovered_lr: float,
     uncovered_momentum: float = 0.0,
     skip_layers: Sequence[str] = (),
+    uncovered: Literal["plain", "diagonal"] = "plain",
+    factor_sides: Literal["both", "input"] = "both",
 ) -> list[dict[str, Any]]:
     """Parameter groups for the outer optimizer: what K-FAC covers, and the rest of the trainable parameters.
 
@@ -27,12 +30,15 @@ def parameter_groups(
     Args:
         model: the model, plain or wrapped.
         lr: rate of the covered parameters (1 in the learning-rate-free mode).
-        uncovered_lr: rate of the others (norms, embeddings, skipped layers).
+        uncovered_lr: rate of the others (skipped layers, modules that no layer type treats).
         uncovered_momentum: momentum of the others; the covered ones get none.
         skip_layers: the same as the preconditioner's.
+        uncovered: the same as the preconditioner's.
+        factor_sides: the same as the preconditioner's.
     """
     plain = unwrap(model)
-    covered = [parameter for layer in find_layers(plain, skip_layers)[0] for parameter in layer.parameters]
+    options = LayerOptions(skip_layers=skip_layers, uncovered=uncovered, factor_sides=factor_sides)  # type: ignore[arg-type]
+    covered = covered_parameters(find_layers(plain, options).layers)
     known = {id(parameter) for parameter in covered}
     rest = [p for p in plain.parameters() if p.requires_grad and id(p) not in known]
     groups: list[dict[str, Any]] = [{"params": covered, "lr": lr, "momentum": 0.0}]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfac_dist.layers import Layer
+from kfac_dist.layers import Layer, Part
 
 RawVector = Tensor | tuple[Tensor, Tensor]
 """A Theta-shaped vector, or the two sides (g, a) of a rank-one one."""
@@ -29,6 +29,10 @@ class KeptCall:
     layer: Layer
     x: Tensor
     gradients: list[Tensor] = field(default_factory=list)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept of floating type."""
+        return [t for t in (self.x, *self.gradients) if t.is_floating_point()]
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Samples:
         self.batches.append(KeptBatch(n, valid))
         return self.batches[-1]
 
-    def keep(self, batch: KeptBatch, size: int, key: object, layer: Layer, x: Tensor, g: Tensor, weight: float) -> None:
+    def keep(self, batch: KeptBatch, size: int, key: object, part: Part, weight: float) -> None:
         """Copy one draw of the output gradient of a call, times ``weight``, and at its first draw the call's input.
 
         Copies: the caller may overwrite its input before the samples are used for the last time.
@@ -83,14 +87,14 @@ class Samples:
             batch: the micro-batch.
             size: samples in it, kept or not; x and g have them outermost.
             key: tells the calls of the micro-batch apart.
-            layer: the layer.
-            x: its input.
-            g: the gradient of its output.
+            part: the layer, its input, and the gradient of its output.
             weight: the root of the draw's share of the expectation, times what makes g that of one sample.
         """
+        layer, x, g = part
         dtype = torch.promote_types(g.dtype, torch.float32)
         if key not in batch.keys:
-            batch.keys[key] = KeptCall(layer, _first(x, batch.size, size, layer).to(dtype, copy=True))
+            kept = _first(x, batch.size, size, layer)  # indices stay what they are
+            batch.keys[key] = KeptCall(layer, kept.to(dtype if x.is_floating_point() else x.dtype, copy=True))
         batch.keys[key].gradients.append(_first(g, batch.size, size, layer).to(dtype) * weight)
 
     @property
@@ -106,7 +110,7 @@ class Samples:
 
     def leave_out_unless_finite(self) -> None:
         """Drop this rank's samples where one of them is not finite: the others' are enough (one synchronisation)."""
-        kept = [t for batch in self.batches for call in batch.calls for t in (call.x, *call.gradients)]
+        kept = [t for batch in self.batches for call in batch.calls for t in call.tensors()]
         if kept and not bool(torch.stack([t.sum() for t in kept]).isfinite().all()):
             self.batches.clear()
 
@@ -179,14 +183,16 @@ def _first(tensor: Tensor, n: int, size: int, layer: Layer) -> Tensor:
 
 def _products(call: KeptCall, vector: RawVector, size: int) -> Iterator[Tensor]:
     """Per draw, <V, u_b> of one call: (size,)."""
-    layer = call.layer
+    layer, dtype = call.layer, call.gradients[0].dtype
+    if not isinstance(vector, Tensor) and layer.joint:  # its outputs are no rows of Theta
+        vector = vector[0][:, :, None] * vector[1][:, None, :]
     if isinstance(vector, Tensor):
-        out = layer.forward_with(call.x, vector.to(call.x.dtype))
+        out = layer.forward_with(call.x, vector.to(dtype))
         for g in call.gradients:
             yield (out * g).reshape(size, -1).sum(1)
         return
     left, right = vector
-    inputs = layer.output_rows(layer.forward_with(call.x, right[:, None, :].to(call.x.dtype)))[..., 0]
+    inputs = layer.output_rows(layer.forward_with(call.x, right[:, None, :].to(dtype)))[..., 0]
     for g in call.gradients:
-        outputs = torch.einsum("gro,go->gr", layer.output_rows(g), left.to(g.dtype))
+        outputs = torch.einsum("gro,go->gr", layer.output_rows(g), left.to(dtype))
         yield (inputs * outputs).sum(0).reshape(size, -1).sum(1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.factors import statistics_dtype
-from kfac_dist.layers import Layer
+from kfac_dist.layers import Layer, Part
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,22 @@ class MicroBatch:
         )
 
 
+def samples_of(layer: Layer, rows: int, batch: MicroBatch) -> int | None:
+    """How many samples the rows of a layer belong to, where their locations are to be averaged; else None.
+
+    Raises:
+        ValueError: the rows cannot be told apart by sample.
+    """
+    if layer.approximation == "expand":
+        return None
+    if rows % batch.size:
+        raise ValueError(
+            f"layer {layer.name!r} has {rows} rows for {batch.size} samples: kfac_approx='reduce' must tell samples "
+            "apart. Put the batch first, or choose 'expand' for it"
+        )
+    return batch.size
+
+
 class Statistics:
     """Sums of a a^T and g g^T per layer, and the counts that belong to them.
 
@@ -109,28 +125,42 @@ class Statistics:
 
     def add_input(self, layer: Layer, x: Tensor, rows: int, batch: MicroBatch) -> None:
         """Add the input of one call; ``rows`` is the number of its samples times locations."""
+        if layer.joint:  # its one factor is made of inputs and gradients together
+            self.rows[layer.name] += batch.valid
+            return
         weights = batch.row_weights(layer, rows)
-        moment = layer.input_moment(x, statistics_dtype(layer.weight.dtype), weights)
+        samples = samples_of(layer, rows, batch)
+        moment = layer.input_moment(x, statistics_dtype(layer.dtype), weights, samples)
         _add(self.A, layer.name, moment)
-        self.rows[layer.name] += rows if weights is None else float(weights.sum())
+        if samples is not None:
+            self.rows[layer.name] += batch.valid
+        else:
+            self.rows[layer.name] += rows if weights is None else float(weights.sum())
 
-    def add_output(self, layer: Layer, g: Tensor, weight: float, scale: float = 1.0) -> None:
+    def add_output(self, part: Part, batch: MicroBatch, weight: float, scale: float = 1.0) -> None:
         """Add one draw of the output gradient of one call.
 
         Args:
-            layer: the layer.
-            g: the gradient that autograd delivered, in whatever type.
+            part: the layer, its input and the gradient that autograd delivered, in whatever type.
+            batch: the micro-batch.
             weight: the draw's share of the expectation (1 / draws; 1 for a column of the exact root).
             scale: g times this is the gradient of one sample's negative log-likelihood.
         """
-        if self._output_side:
-            dtype = statistics_dtype(layer.weight.dtype)
-            _add(self.G, layer.name, layer.output_moment(g.to(dtype), dtype) * (weight * scale**2))
+        layer, x, g = part
+        dtype = statistics_dtype(layer.dtype)
+        if layer.joint:
+            moment = layer.gradient_moment(x, g.to(dtype), batch.size, dtype)
+            _add(self.A, layer.name, moment * (weight * scale**2))
+        elif self._output_side:
+            moment = layer.output_moment(g.to(dtype), dtype, samples_of(layer, layer.rows(g), batch))
+            _add(self.G, layer.name, moment * (weight * scale**2))
 
     def rescale_outputs(self, factor: float) -> None:
         """Multiply the output sides by ``factor`` (what a gradient scaler put into them, squared and inverted)."""
         if factor != 1.0:
             self.G = {name: moment * factor for name, moment in self.G.items()}
+            joint = {layer.name for layer in self._layers if layer.joint}
+            self.A = {name: moment * factor if name in joint else moment for name, moment in self.A.items()}
 
     def finite(self) -> bool:
         """Whether every sum is finite (one synchronisation)."""

@@ -57,7 +57,7 @@ class LevenbergMarquardt:
 
 
 @contextmanager
-def unchanged(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def unchanged(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
     """Leave the model's buffers, the given parameters and the random streams bitwise as they were."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -73,7 +73,7 @@ def unchanged(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[
 
 def trial_losses(
     model: nn.Module,
-    parameters: Sequence[nn.Parameter],
+    parameters: Sequence[Tensor],
     updates: Sequence[Tensor],
     closure: Callable[[], Tensor | float],
 ) -> tuple[float, float]:
@@ -81,7 +81,7 @@ def trial_losses(
 
     Args:
         model: its buffers are restored.
-        parameters: what the update changes.
+        parameters: what the update changes: parameters, or views of them.
         updates: what is SUBTRACTED from each of them, in its shape.
         closure: returns the loss of the batch; it is called twice, without gradients.
     """

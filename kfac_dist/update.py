@@ -136,9 +136,9 @@ def reduction_ratio(
         layer.name: update.directions[layer.name] * rate.to(gradients[layer.name])
         for layer, rate in zip(update.layers, update.rates, strict=True)
     }
-    parameters = [parameter for layer in update.layers for parameter in layer.parameters]
-    parts = [part for layer in update.layers for part in layer.from_matrix(steps[layer.name]) if part is not None]
-    before, after = trial_losses(model, parameters, parts, closure)
+    views = [view for layer in update.layers for view in layer.views]
+    parts = [part for layer in update.layers for part in layer.parts(steps[layer.name])]
+    before, after = trial_losses(model, views, parts, closure)
     like = next(iter(steps.values()))
     w = samples.along(steps)
     known = math.isfinite(before)

@@ -31,6 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # Folders of alternatives: their files know base.py, never one another.
 REGISTRIES = ("layers", "likelihoods", "comm", "coarse")
+# What the files of such a folder share, beside its base.py.
+SHARED = ("layers.watch", "layers.linear_map")
 # What only these files and folders may import.
 ONLY_IN = {
     "pytorch_lightning": ("callbacks", "study", "launch"),
@@ -101,7 +103,7 @@ def violation(name: str, target: str) -> str | None:
         return None
     folder, other_folder = name.split(".")[0], other.split(".")[0]
     if folder == other_folder:
-        free = folder not in REGISTRIES or name.endswith("__init__") or other.endswith(".base")
+        free = folder not in REGISTRIES or name.endswith("__init__") or other.endswith(".base") or other in SHARED
         return None if free else f"{name} imports its neighbour {other}; share through {folder}/base.py"
     here, there = floor_of(name), floor_of(other)
     if here is None or there is None or there < here:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist import KFACPreconditioner
+from kfac_dist.factors import FactorShape, second_moment_sum
 from kfac_dist.inverse import (
     DenseInverse,
     DensePreconditioner,
@@ -32,6 +33,10 @@ def positive(groups: int, d: int, seed: int, rank: int | None = None, dtype: tor
 
 A, G = positive(2, 4, 1) * 3.0, positive(2, 3, 2) * 0.2
 X = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def eye(d: int) -> Tensor:
@@ -61,8 +66,12 @@ def test_trap_7_eigen_damping_is_added_once_and_to_the_product() -> None:
         assert not torch.allclose(found.apply(X, LAM), wrong, rtol=1e-3)
 
 
+def pi_of(a: Tensor, g: Tensor) -> Tensor:
+    return pi_correction(*(FactorShape(len(f), f.shape[-1]).mean_diagonal(f) for f in (a, g)))
+
+
 def test_factored_damping_and_its_constant_term() -> None:
-    pi = pi_correction(A, G)
+    pi = pi_of(A, G)
     s = (LAM / T) ** 0.5  # lam / T, so that T s^2 = lam
     wanted = solve(lambda n: T * torch.kron(G[n] + s / pi[n] * eye(3), A[n] + s * pi[n] * eye(4)))
     assert torch.allclose(eigen(pi).apply(X, LAM), wanted, rtol=1e-11)
@@ -87,14 +96,14 @@ def test_the_input_side_alone() -> None:
 
 
 def test_pi_balances_the_traces_and_is_one_at_the_edges() -> None:
-    pi = pi_correction(A, G)
+    pi = pi_of(A, G)
     traces = [(A[n].trace() / 4) / (G[n].trace() / 3) for n in range(2)]
     assert torch.allclose(pi, torch.stack(traces).sqrt())
-    assert torch.allclose(pi_correction(100 * A, G), 10 * pi)
+    assert torch.allclose(pi_of(100 * A, G), 10 * pi)
     zero = torch.zeros(1, 3, 3, dtype=torch.float64)
     for a, g in ((zero, G[:1]), (A[:1], zero), (zero, zero), (A[:1] * float("nan"), G[:1]), (A[:1], G[:1] / 0)):
-        assert torch.equal(pi_correction(a, g), torch.ones(1, dtype=torch.float64))
-    mixed = pi_correction(A, torch.stack([zero[0], G[1]]))  # group by group
+        assert torch.equal(pi_of(a, g), torch.ones(1, dtype=torch.float64))
+    mixed = pi_of(A, torch.stack([zero[0], G[1]]))  # group by group
     assert torch.equal(mixed[0], torch.ones((), dtype=torch.float64))
     assert torch.equal(mixed[1], pi[1])
 
@@ -211,3 +220,50 @@ def test_training_goes_on_with_the_last_inverses_and_counts(
     assert count == 6
     assert all(torch.isfinite(g).all() for g in fresh)
     assert not all(torch.equal(a, b) for a, b in zip(fresh, good, strict=True))
+
+
+@pytest.mark.parametrize(("blocks_a", "blocks_g"), [(1, 1), (2, 1), (1, 3), (3, 2), (7, 5), (4, 5)])
+def test_block_diagonal_factors_are_dense_ones_with_zeros_outside_their_blocks(blocks_a: int, blocks_g: int) -> None:
+    """Orders 7 and 5, so that the last block of every partition but the finest is padded."""
+    a, g = FactorShape(2, 7, blocks_a), FactorShape(2, 5, blocks_g)
+    rows = {"A": normal(2, 30, 7, seed=3), "G": normal(2, 30, 5, seed=4)}
+    gradient = normal(2, 5, 7, seed=5)
+    stored = {side: second_moment_sum(rows[side], blocks=shape.blocks) / 30 for side, shape in (("A", a), ("G", g))}
+    assert stored["A"].shape == a.stored
+    dense = {}
+    for side, shape in (("A", a), ("G", g)):
+        full = rows[side].mT @ rows[side] / 30
+        place = torch.arange(shape.dim) // shape.size
+        dense[side] = full * (place[:, None] == place[None, :])
+        assert torch.allclose(shape.mean_diagonal(stored[side]), full.diagonal(dim1=1, dim2=2).mean(-1))
+    pi = pi_correction(a.mean_diagonal(stored["A"]), g.mean_diagonal(stored["G"]))
+    assert torch.allclose(pi, pi_of(dense["A"], dense["G"]))
+    s = (LAM / T) ** 0.5
+    found = {
+        "factored": EigenPreconditioner(decompose(stored["A"], None)[1], decompose(stored["G"], None)[1], T, pi),
+        "eigen": EigenPreconditioner(decompose(stored["A"], None)[1], decompose(stored["G"], None)[1], T, None),
+        "dense": DensePreconditioner(
+            invert(stored["A"], s * pi, None)[1].matrix, invert(stored["G"], s / pi, None)[1].matrix, T
+        ),
+        "input": DensePreconditioner(invert(stored["A"], LAM, None)[1].matrix, None, T),
+    }
+    for n in range(2):
+        A_n, G_n, eye_a, eye_g = dense["A"][n], dense["G"][n], eye(7), eye(5)
+        matrix = {
+            "eigen": T * torch.kron(G_n, A_n) + LAM * torch.kron(eye_g, eye_a),
+            "factored": T * torch.kron(G_n + s / pi[n] * eye_g, A_n + s * pi[n] * eye_a),
+            "input": torch.kron(eye_g, A_n + LAM * eye_a),
+        }
+        matrix["dense"] = matrix["factored"]
+        for name, preconditioner in found.items():
+            wanted = torch.linalg.solve(matrix[name], gradient[n].flatten()).view(5, 7)
+            direction = preconditioner.apply(gradient, LAM)[n]
+            assert torch.allclose(direction, wanted, rtol=1e-10, atol=1e-12), name
+
+
+def test_the_fewest_blocks_within_the_limit() -> None:
+    for dim, limit in ((7, 3), (1001, 512), (50257, 8192), (5, 5), (5, 1), (6, 4)):
+        shape = FactorShape.limited(2, dim, limit)
+        assert shape.size <= limit
+        assert (shape.blocks - 1) * shape.size < dim <= shape.blocks * shape.size
+        assert shape.blocks <= -(-dim // limit)

@@ -37,6 +37,11 @@ def frozen_bias(module: nn.Module) -> nn.Module:
     return module
 
 
+def frozen_weight(module: nn.Module) -> nn.Module:
+    module.weight.requires_grad_(False)
+    return module
+
+
 # A new family adds its examples here; without any the first test below fails.
 EXAMPLES: dict[str, dict[str, Example]] = {
     "linear": {
@@ -48,6 +53,7 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "every other column": Example(lambda: nn.Linear(3, 2), normal(4, 6)[:, ::2], -1),
         "expanded": Example(lambda: nn.Linear(3, 2), normal(1, 3).expand(4, 3), -1),
         "frozen bias": Example(lambda: frozen_bias(nn.Linear(3, 2)), normal(5, 3), -1),
+        "frozen weight": Example(lambda: frozen_weight(nn.Linear(3, 2)), normal(5, 3), -1),
     },
     "conv2d": {
         "plain": conv(4, 2, 3),
@@ -68,6 +74,7 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "unbatched": conv(4, 2, 3, x=(4, 5, 6), padding=1),
         "unbatched, groups": conv(4, 6, 3, x=(4, 5, 6), groups=2, padding_mode="circular", padding=1),
         "frozen bias": Example(lambda: frozen_bias(nn.Conv2d(4, 2, 3)), normal(3, 4, 5, 6), -3),
+        "frozen weight": Example(lambda: frozen_weight(nn.Conv2d(4, 2, 3, groups=2)), normal(3, 4, 5, 6), -3),
         "channels last": Example(
             lambda: nn.Conv2d(4, 2, 3).to(memory_format=torch.channels_last),
             normal(3, 4, 5, 6).to(memory_format=torch.channels_last),
@@ -104,7 +111,7 @@ def rows_by_jacobian(layer: Layer, example: Example) -> Tensor:
     for row in by_row:
         for group in range(layer.groups):
             gradients = torch.autograd.grad(row[group, 0], layer.parameters, retain_graph=True)
-            theta = layer.to_matrix(gradients[0], gradients[1] if layer.has_bias else None)
+            theta = layer.to_matrix(*gradients)
             assert theta[group, 1:].abs().sum() == 0
             rows.append(theta[group, 0])
     return torch.stack(rows).view(len(by_row), layer.groups, -1).transpose(0, 1)
@@ -118,7 +125,8 @@ def test_moments_are_those_of_the_jacobian(case: tuple[Layer, Example, Tensor]) 
     moment = layer.input_moment(example.x, torch.float64)
     assert torch.allclose(moment, rows.mT @ rows, rtol=0, atol=1e-12)
     plain = rows[..., :-1] if layer.has_bias else rows
-    assert torch.allclose(layer.input_rows(example.x), plain, rtol=0, atol=1e-13)  # also in this order
+    if layer.has_weight:
+        assert torch.allclose(layer.input_rows(example.x), plain, rtol=0, atol=1e-13)  # also in this order
     weights = torch.arange(rows.shape[1]) % 3 > 0
     masked = layer.input_moment(example.x, torch.float64, weights)
     assert torch.allclose(masked, rows[:, weights].mT @ rows[:, weights], rtol=0, atol=1e-12)
@@ -129,11 +137,13 @@ def test_moments_are_those_of_the_jacobian(case: tuple[Layer, Example, Tensor]) 
 
 def test_forward_with_is_the_forward(case: tuple[Layer, Example, Tensor]) -> None:
     layer, example, _ = case
-    bias = layer.module.bias
     out = layer.module(example.x)
-    if bias is not None and not layer.has_bias:
-        out = (out.movedim(example.channels, -1) - bias).movedim(-1, example.channels)
-    theta = layer.to_matrix(layer.weight, bias)
+    with torch.no_grad():  # what is frozen is left out
+        for parameter in layer.module.parameters():
+            if not parameter.requires_grad:
+                parameter.zero_()
+        out = layer.module(example.x)
+    theta = layer.to_matrix(*layer.views)
     assert theta.shape == layer.shape
     assert torch.allclose(layer.forward_with(example.x, theta), out, rtol=0, atol=1e-13)
     other = normal(*layer.shape, seed=5)
@@ -144,22 +154,20 @@ def test_forward_with_is_the_forward(case: tuple[Layer, Example, Tensor]) -> Non
 def test_trap_4_samples_and_locations_lie_alike_on_both_sides(case: tuple[Layer, Example, Tensor]) -> None:
     """sum over rows of g a^T is autograd's gradient only when row r of one side belongs to row r of the other."""
     layer, example, g = case
-    wanted = layer.to_matrix(*_padded(torch.autograd.grad(layer.module(example.x), layer.parameters, g)))
+    wanted = layer.to_matrix(*torch.autograd.grad(layer.module(example.x), layer.parameters, g))
     assert torch.allclose(layer.parameter_gradient(example.x, g), wanted, rtol=0, atol=1e-12)
-    product = layer.output_rows(g).mT @ layer.input_rows(example.x)
-    assert torch.allclose(product, wanted[..., :-1] if layer.has_bias else wanted, rtol=0, atol=1e-12)
-
-
-def _padded(gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-    return gradients[0], gradients[1] if len(gradients) > 1 else None
+    if layer.has_weight:
+        product = layer.output_rows(g).mT @ layer.input_rows(example.x)
+        assert torch.allclose(product, wanted[..., :-1] if layer.has_bias else wanted, rtol=0, atol=1e-12)
 
 
 def test_matrix_round_trip_and_gradients(case: tuple[Layer, Example, Tensor]) -> None:
     layer, example, g = case
     theta = normal(*layer.shape, seed=6)
     weight, bias = layer.from_matrix(theta)
-    assert weight.shape == layer.weight.shape
+    assert (weight is None) == (not layer.has_weight)
     assert (bias is None) == (not layer.has_bias)
+    assert [part.shape for part in layer.parts(theta)] == [view.shape for view in layer.views]
     assert torch.equal(layer.to_matrix(weight, bias), theta)
     if layer.has_bias:  # [W | b]: the bias is the last column of its own row
         assert torch.equal(theta[..., -1].flatten(), bias)
@@ -170,12 +178,12 @@ def test_matrix_round_trip_and_gradients(case: tuple[Layer, Example, Tensor]) ->
     assert kept is not None
     layer.write_gradient(theta)
     assert all(a is p.grad for a, p in zip(gradients, layer.parameters, strict=True))
-    assert torch.equal(layer.to_matrix(*_padded(tuple(gradients))), theta)  # type: ignore[arg-type]
+    assert torch.equal(layer.to_matrix(*gradients), theta)
     assert not torch.equal(kept, theta)  # what was read before stays what it was
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, e in EXAMPLES["conv2d"].items() if n not in ("valid", "frozen bias") and e.x.dim() == 4]
+    "name", [n for n, e in EXAMPLES["conv2d"].items() if n != "valid" and "frozen" not in n and e.x.dim() == 4]
 )
 def test_patches_cut_out_one_by_one(name: str) -> None:
     """A second reference, by slicing: (B, T, groups, d_in), samples outermost."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from kfac_dist import KFACPreconditioner
+from kfac_dist.config import LayerOptions
 from kfac_dist.layers import find_layers
 
 
@@ -35,11 +36,6 @@ def tied() -> nn.Module:
     return net
 
 
-def frozen(module: nn.Module) -> nn.Module:
-    module.weight.requires_grad_(False)
-    return module
-
-
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "own forward": (lambda: Scaled(4, 4), {"0": "Scaled is a Linear with a forward of its own"}),
     "own convolution": (lambda: ScaledConv(4, 4, 1), {"0": "ScaledConv is a Conv2d with a forward of its own"}),
@@ -50,7 +46,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
             "0.parametrizations.weight": "no layer type is registered for ParametrizationList",
         },
     ),
-    "frozen weight": (lambda: frozen(nn.Linear(4, 4)), {"0": "its weight is frozen"}),
     "tied weights": (
         tied,
         {"0.0": "it shares a parameter with another module", "0.2": "it shares a parameter with another module"},
@@ -130,7 +125,7 @@ def test_skipped_by_name_or_class_wherever_they_lie() -> None:
     model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 1)), "head": nn.Linear(4, 3)})
 
     def names(*patterns: str) -> list[str]:
-        return [layer.name for layer in find_layers(model, patterns)[0]]
+        return [layer.name for layer in find_layers(model, LayerOptions(skip_layers=patterns)).layers]
 
     assert names() == ["body.0", "body.1", "head"]
     assert names("head") == ["body.0", "body.1"]

@@ -6,7 +6,7 @@ Shapes: a vector of a layer has the shape of its Theta, (groups, d_out, d_in), b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,6 +53,10 @@ class FineLevel(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, int, int]]:
         """Layer -> shape of its Theta, for the layers that take part in this step."""
+
+    @property
+    def joint(self) -> Collection[str]:
+        """The layers whose block has one factor, of whole gradients; there is no A and G to compare with others."""
 
     @property
     def factor_updates(self) -> int:

@@ -20,9 +20,10 @@ def energy_bands(zeta: Tensor, basis: EigenPreconditioner, damping: float, count
         damping: lam, the fine damping.
         count: number of bands; their sum is zeta.
     """
-    assert basis.G is not None  # the caller refuses factor_sides="input"
-    coefficients = basis.G.vectors.mT @ zeta @ basis.A.vectors
-    spectrum = basis.locations * basis.G.values[:, :, None] * basis.A.values[:, None, :] + damping
+    groups, d_out, d_in = zeta.shape
+    coefficients = basis.rotate(zeta)
+    values_a, values_g = basis.values(groups)
+    spectrum = basis.locations * values_g * values_a + damping
     energy = (coefficients.double().square() * spectrum.double()).flatten()
     order = spectrum.flatten().argsort(descending=True, stable=True)
     cumulative = energy[order].cumsum(0)
@@ -32,7 +33,7 @@ def energy_bands(zeta: Tensor, basis: EigenPreconditioner, damping: float, count
     band = torch.empty_like(band_of_sorted)
     band[order] = band_of_sorted
     band = band.view_as(coefficients)
-    return [basis.G.vectors @ (coefficients * (band == j)) @ basis.A.vectors.mT for j in range(count)]
+    return [basis.unrotate(coefficients * (band == j), d_out, d_in) for j in range(count)]
 
 
 @coarse_spaces.register("spectral_bands")

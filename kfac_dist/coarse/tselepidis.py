@@ -4,6 +4,8 @@ E_ij ~ sum(A_ij) sum(G_ij) T_ij with A_ij = mean a_i a_j^T and G_ij = mean g_i g
 of all entries of A_ij is the mean of (1^T a_i)(1^T a_j), so only those scalars are formed, never the matrices. Layers
 with unlike numbers of locations meet at the smaller one, the finer map averaged down to it.
 
+A layer whose block has one factor (a norm) has no A and G to multiply: its coarse vector is zero.
+
 The operator is an approximation and may be indefinite; it is here for comparison. The exact one of the constant vectors
 ("nicolaides") costs less.
 """
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac_dist.coarse.base import CoarseSpace, FineLevel, Vector, coarse_spaces, constant_vector
+from kfac_dist.coarse.base import CoarseSpace, FineLevel, RankOne, Vector, coarse_spaces, constant_vector
 from kfac_dist.layers import Layer
 from kfac_dist.samples import KeptCall, Samples
 
@@ -28,24 +30,29 @@ class Tselepidis(CoarseSpace):
     def vectors(self, fine: FineLevel) -> Mapping[str, Sequence[Vector]]:
         """See :meth:`CoarseSpace.vectors`."""
         self._names = list(fine.shapes)
+        self._factored = [i for i, name in enumerate(self._names) if name not in fine.joint]
         self._sizes = torch.tensor([float(g * o * i) for g, o, i in fine.shapes.values()], dtype=torch.float64)
-        return {name: [constant_vector(shape, fine.gradients[name])] for name, shape in fine.shapes.items()}
+        vectors = {name: constant_vector(shape, fine.gradients[name]) for name, shape in fine.shapes.items()}
+        return {name: [v if name not in fine.joint else RankOne(0.0 * v.g, 0.0 * v.a)] for name, v in vectors.items()}
 
     def local_moment(self, Y: Tensor, samples: Samples) -> Tensor:
         """Sums of (1^T a_i)(1^T a_j), of (1^T g_i)(1^T g_j), and of T_ij over samples; (3, m, m)."""
-        count = len(self._names)
-        moment = torch.zeros(3, count, count, dtype=torch.float64, device=Y.device)
+        names = [self._names[i] for i in self._factored]
+        moment = torch.zeros(3, len(names), len(names), dtype=torch.float64, device=Y.device)
         for batch in samples.batches:
-            calls = {name: [call for call in batch.calls if call.layer.name == name] for name in self._names}
-            inputs = [_maps([_input_sums(call) for call in calls[name]], batch.size) for name in self._names]
+            calls = {name: [call for call in batch.calls if call.layer.name == name] for name in names}
+            inputs = [_maps([_input_sums(call) for call in calls[name]], batch.size) for name in names]
             outputs = [
-                [_maps([_output_sums(call, d) for call in calls[name]], batch.size) for name in self._names]
+                [_maps([_output_sums(call, d) for call in calls[name]], batch.size) for name in names]
                 for d in range(batch.draws)
             ]
             _add_cross_sums(moment[0], inputs, moment[2])
             for draw in outputs:
                 _add_cross_sums(moment[1], draw, None)
-        return moment
+        whole = moment.new_zeros(3, len(self._names), len(self._names))
+        here = torch.tensor(self._factored, device=Y.device)
+        whole[:, here[:, None], here[None, :]] = moment
+        return whole
 
     def operator(self, moment: Tensor, samples: float) -> Tensor:
         """(S_A / (B T)) (S_G / (B T)) T, divided by sqrt(p_i p_j) for the unit vectors."""

@@ -2,53 +2,86 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from kfac_dist.compat import clean_name, is_uninitialized
+from kfac_dist.config import LayerOptions
 from kfac_dist.layers import conv2d, linear  # noqa: F401 - imported for their registration
 from kfac_dist.layers.base import Layer, layers
+from kfac_dist.layers.watch import Part, Record
 
-__all__ = ["Layer", "find_layers", "layers"]
+__all__ = ["FoundLayers", "Layer", "Part", "Record", "covered_parameters", "find_layers", "layers"]
 
 
-def find_layers(model: nn.Module, skip: Sequence[str] = ()) -> tuple[list[Layer], dict[str, str]]:
-    """The layers of ``model`` that can be preconditioned, in the order of ``named_modules``.
+@dataclass
+class FoundLayers:
+    """What :func:`find_layers` found.
+
+    Attributes:
+        layers: the layers that can be preconditioned, in the order of ``named_modules``.
+        refused: module -> reason, for those that train parameters of their own but keep their plain gradient (skipped
+            ones do not count: the user knows of them).
+        reduced: layer -> what its factors fell back to, because they would be too large.
+    """
+
+    layers: list[Layer] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    reduced: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator:
+        return iter((self.layers, self.refused))
+
+
+def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundLayers:
+    """The layers of ``model`` that can be preconditioned.
 
     Args:
         model: the plain model, without DDP.
-        skip: regular expressions, searched in module names and class names: what they find is left alone.
-
-    Returns:
-        The layers, and name -> reason for every module that trains parameters of its own but keeps its plain gradient
-        (skipped ones do not count: the user knows of them).
+        options: which modules to leave alone, and how to treat the others; None: the defaults.
 
     Raises:
         ValueError: a lazy module has not seen its first batch.
     """
+    options = options or LayerOptions()
     owners = Counter(id(p) for _, m in model.named_modules() for p in m._parameters.values() if p is not None)
-    found: list[Layer] = []
-    refused: dict[str, str] = {}
+    found = FoundLayers()
     for raw_name, module in model.named_modules():
         name = clean_name(raw_name)
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if any(is_uninitialized(parameter) for parameter in own):
             raise ValueError(f"module {name!r} is lazy: run one forward pass before K-FAC is built")
-        if not any(parameter.requires_grad for parameter in own):
-            continue
-        if any(re.search(pattern, text) for pattern in skip for text in (name, type(module).__name__)):
+        if not any(parameter.requires_grad for parameter in own) or options.skips(name, type(module).__name__):
             continue
         if any(owners[id(parameter)] > 1 for parameter in own):
-            refused[name] = "it shares a parameter with another module"
+            found.refused[name] = "it shares a parameter with another module"
             continue
         reasons = [(cls, cls.refusal(module)) for cls in (layers[key] for key in layers)]
-        adapter = next((cls for cls, reason in reasons if reason is None), None)
-        if adapter is not None:
-            found.append(adapter(name, module))
-        else:
+        family = next((cls for cls, reason in reasons if reason is None), None)
+        if family is None:
             specific = next((reason for _, reason in reasons if reason), "")
-            refused[name] = specific or f"no layer type is registered for {type(module).__name__}"
-    return found, refused
+            found.refused[name] = specific or f"no layer type is registered for {type(module).__name__}"
+            continue
+        for layer in family.adapt(name, module, options):
+            _take(layer, options, found)
+    return found
+
+
+def covered_parameters(found: Iterable[Layer]) -> list[nn.Parameter]:
+    """The parameters of which the layers are made, each of them once."""
+    return list({id(parameter): parameter for layer in found for parameter in layer.parameters}.values())
+
+
+def _take(layer: Layer, options: LayerOptions, found: FoundLayers) -> None:
+    if options.skips(layer.name):
+        return
+    if layer.joint and options.factor_sides == "input":
+        found.refused[layer.name] = "its block needs output gradients, and factor_sides='input' looks at inputs only"
+        return
+    smaller = layer.configure(options)
+    if smaller is not None:
+        found.reduced[layer.name] = smaller
+    found.layers.append(layer)

@@ -2,47 +2,82 @@
 
 Shapes: Theta = [W | b] is (groups, d_out, d_in), the bias the LAST column, with d_in = C_in / groups * kernel (+ 1 with
 a trainable bias) in the order of ``F.unfold``; groups = 1 but for grouped convolutions. The concatenation comes before
-any flattening: [W.flatten(), b] viewed as a matrix would mix up every entry.
+any flattening: [W.flatten(), b] viewed as a matrix would mix up every entry. A frozen weight or bias is left out; a
+trainable bias alone is the one column of the constant 1.
+
+Samples lie outermost in every x and g that a layer is given.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from kfac_dist.factors import second_moment_sum
+from kfac_dist.config import LayerOptions
+from kfac_dist.factors import FactorShape, second_moment_sum
+from kfac_dist.layers.watch import Record, watch_calls
 from kfac_dist.registry import Registry
+
+Side = Literal["A", "G"]
 
 
 class Layer(ABC):
-    """One preconditioned module.
+    """One Kronecker-factored block: the trainable parameters of a module, or of a part of one.
 
     Args:
         name: the module's name in the model.
-        module: the module; it has a parameter ``weight`` (d_out * groups, d_in, ..) and perhaps ``bias``.
+        module: the module that computes with the parameters.
         groups: number of independent blocks.
+        weight: name of the module's weight parameter, (d_out * groups, d_in, ..).
+        bias: name of its bias parameter.
+        rows: the rows of both that belong to this layer; None: all.
     """
 
-    def __init__(self, name: str, module: nn.Module, groups: int = 1) -> None:
+    sides: tuple[Side, ...] = ("A", "G")
+    """The factors of the block; ("A",) where A is the block itself, the second moment of whole gradients."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        groups: int = 1,
+        weight: str = "weight",
+        bias: str = "bias",
+        rows: slice | None = None,
+    ) -> None:
         self.name = name
         self.module = module
         self.groups = groups
-        bias = module._parameters.get("bias")
-        self.has_bias = bias is not None and bias.requires_grad
-        weight = self.weight
-        self.output_dim = weight.shape[0] // groups
-        self.input_dim = weight[0].numel() + self.has_bias
+        self.approximation = "expand"
+        self._names = (weight, bias)
+        self._rows = rows
+        trained = [p is not None and p.requires_grad for p in (self._parameter(weight), self._parameter(bias))]
+        self.has_weight, self.has_bias = trained
+        matrix = self.weight_to_matrix(self.part(self._parameter(weight)))  # type: ignore[arg-type]
+        self.output_dim = matrix.shape[1]
+        self.input_dim = matrix.shape[2] * self.has_weight + self.has_bias
+        self.factors = {side: FactorShape(groups, self._dim(side)) for side in self.sides}
+
+    # -- what a layer family says ---------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """None where this class treats ``module``; else the reason, or "" where it is no module of this kind."""
 
+    @classmethod
+    def adapt(cls, name: str, module: nn.Module, options: LayerOptions) -> Sequence[Layer]:
+        """The layers of a module that is not refused: one, named like the module, unless a family says otherwise."""
+        return [cls(name, module)]
+
     @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
-        """The input as rows (groups, R, d_in without bias), samples outermost."""
+        """The input as rows (groups, R, d_in without bias)."""
 
     @abstractmethod
     def output_rows(self, g: Tensor) -> Tensor:
@@ -50,85 +85,184 @@ class Layer(ABC):
 
     @abstractmethod
     def forward_with(self, x: Tensor, theta: Tensor) -> Tensor:
-        """The layer's own forward with Theta in the place of its parameters (a frozen bias is left out)."""
+        """The layer's own forward with Theta in the place of its parameters; what is frozen is left out.
+
+        ``theta`` may have any number of rows per group, which is the number of outputs then.
+        """
 
     @abstractmethod
     def parameter_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Sum over samples and locations of g a^T, as a Theta."""
 
-    @property
-    def weight(self) -> nn.Parameter:
-        """The weight parameter."""
-        return self.module.weight  # type: ignore[return-value]
+    def watch(self, record: Record) -> list[RemovableHandle]:
+        """Hook the module, so that ``record`` hears of every call: its input, its output, and whose gradient that is.
+
+        A layer of a module with several layers may leave the hooks to the first of them.
+        """
+        return watch_calls(self, record)
+
+    def weight_to_matrix(self, weight: Tensor) -> Tensor:
+        """A tensor shaped like the weight, as (groups, d_out, d_in without bias)."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def matrix_to_weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`weight_to_matrix`, for any number of rows per group."""
+        return matrix.reshape(-1, *self.weight.shape[1:])
+
+    # -- sizes ----------------------------------------------------------------------------------------------------
+
+    def _dim(self, side: Side) -> int:
+        return self.input_dim if side == "A" else self.output_dim
+
+    def configure(self, options: LayerOptions) -> str | None:
+        """Take over what the user chose for layers like this one; returns what is to be said of it, or None."""
+        self.approximation = options.approximation(self.name, type(self.module).__name__)
+        cut = []
+        for side, shape in self.factors.items():
+            if shape.size > options.max_factor_dim:
+                limit = options.max_factor_dim if options.large_factors == "blocks" else 1
+                self.factors[side] = FactorShape.limited(self.groups, shape.dim, limit)
+                form = "diagonal" if self.factors[side].size == 1 else f"{self.factors[side].blocks} diagonal blocks"
+                cut.append(f"{side} of order {shape.dim} becomes {form}")
+        return ", ".join(cut) or None
 
     @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
-        """The trainable parameters that Theta consists of."""
-        return (self.weight, self.module.bias) if self.has_bias else (self.weight,)  # type: ignore[return-value]
+    def joint(self) -> bool:
+        """Whether A is the layer's Fisher block itself, made of whole gradients of samples."""
+        return self.sides == ("A",)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape of Theta."""
         return self.groups, self.output_dim, self.input_dim
 
-    @property
-    def device(self) -> torch.device:
-        """Where the layer lives."""
-        return self.weight.device
-
     def rows(self, g: Tensor) -> int:
         """R: samples times locations of an output (or its gradient)."""
         return g.numel() // (self.groups * self.output_dim)
 
-    def input_moment(self, x: Tensor, dtype: torch.dtype, weights: Tensor | None = None) -> Tensor:
-        """Sum over rows of a a^T with a = [x, 1] where there is a bias; (groups, d_in, d_in)."""
-        return second_moment_sum(self.input_rows(x).to(dtype), ones=self.has_bias, weights=weights)
+    # -- moments --------------------------------------------------------------------------------------------------
 
-    def output_moment(self, g: Tensor, dtype: torch.dtype) -> Tensor:
-        """Sum over rows of g g^T; (groups, d_out, d_out)."""
-        return second_moment_sum(self.output_rows(g).to(dtype))
+    def input_moment(
+        self, x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, samples: int | None = None
+    ) -> Tensor:
+        """Sum over rows of a a^T with a = [x, 1] where there is a bias; stored as ``factors["A"]`` says.
 
-    def to_matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[W | b] of tensors shaped like the parameters; ``bias`` counts only where the layer trains one."""
-        matrix = weight.reshape(self.groups, self.output_dim, -1)
-        if not self.has_bias:
-            return matrix
-        if bias is None:
-            raise ValueError(f"layer {self.name!r} trains a bias: its matrix needs one")
-        return torch.cat([matrix, bias.reshape(self.groups, self.output_dim, 1)], dim=-1)
+        Args:
+            x: the input.
+            dtype: the type of the sums.
+            weights: (R,) zeros and ones; rows of weight 0 do not count.
+            samples: average the rows of each of so many samples first ("reduce"); None: every row for itself.
+        """
+        rows = self.input_rows(x).to(dtype)
+        if not self.has_weight:
+            rows = rows[..., :0]
+        if samples is not None:
+            rows, weights = average_locations(rows, samples, weights)
+        return second_moment_sum(rows, ones=self.has_bias, weights=weights, blocks=self.factors["A"].blocks)
 
-    def from_matrix(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The inverse of :meth:`to_matrix`: views or copies shaped like the parameters.
+    def output_moment(self, g: Tensor, dtype: torch.dtype, samples: int | None = None) -> Tensor:
+        """Sum over rows of g g^T, as ``factors["G"]`` says; with ``samples`` their locations are summed first."""
+        rows = self.output_rows(g).to(dtype)
+        if samples is not None:
+            rows = rows.view(self.groups, samples, -1, self.output_dim).sum(2)
+        return second_moment_sum(rows, blocks=self.factors["G"].blocks)
+
+    def gradient_moment(self, x: Tensor, g: Tensor, samples: int, dtype: torch.dtype) -> Tensor:
+        """Sum over samples of u u^T, u the gradient of one; only layers with one factor have it."""
+        raise TypeError(f"layer {self.name!r} has two factors, not one of whole gradients")
+
+    # -- parameters -----------------------------------------------------------------------------------------------
+
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        return self.module._parameters.get(name)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """This layer's rows of a tensor shaped like a parameter."""
+        return tensor if self._rows is None else tensor[self._rows]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight parameter, trained or not."""
+        return self._parameter(self._names[0])  # type: ignore[return-value]
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """The trainable parameters of which Theta is made; other layers may own other rows of them."""
+        trained = zip(self._names, (self.has_weight, self.has_bias), strict=True)
+        return tuple(self._parameter(name) for name, wanted in trained if wanted)  # type: ignore[misc]
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        """This layer's rows of :attr:`parameters`, detached, in the same memory."""
+        return tuple(self.part(parameter.detach()) for parameter in self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        return self.parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of its parameters."""
+        return self.parameters[0].dtype
+
+    def to_matrix(self, *parts: Tensor | None) -> Tensor:
+        """[W | b] of tensors shaped like :attr:`views`, in their order; a trailing None is ignored."""
+        given = [part for part in parts if part is not None]
+        if len(given) < self.has_weight + self.has_bias:
+            raise ValueError(f"layer {self.name!r} trains weight and bias: its matrix needs both")
+        columns = [self.weight_to_matrix(given[0])] if self.has_weight else []
+        if self.has_bias:
+            columns.append(given[int(self.has_weight)].reshape(self.groups, -1, 1))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+
+    def from_matrix(self, theta: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of a Theta, None for what is not trained: views or copies.
 
         ``theta`` may have any number of rows per group; the first dimension of the weight follows it.
         """
-        shape = (-1, *self.weight.shape[1:])
-        if not self.has_bias:
-            return theta.reshape(shape), None
-        return theta[..., :-1].reshape(shape), theta[..., -1].reshape(-1)
+        split = theta.shape[-1] - self.has_bias
+        weight = self.matrix_to_weight(theta[..., :split]) if self.has_weight else None
+        return weight, theta[..., split].reshape(-1) if self.has_bias else None
+
+    def parts(self, theta: Tensor) -> list[Tensor]:
+        """A Theta as tensors shaped like :attr:`views`, in their order."""
+        return [part for part in self.from_matrix(theta) if part is not None]
 
     def gradient(self) -> Tensor | None:
         """The matrix of ``param.grad``, None where one is missing; a new tensor, since the step overwrites them."""
-        weight = self.weight.grad
-        if weight is None or not self.has_bias:
-            return None if weight is None else self.to_matrix(weight, None).clone()
-        bias = self.parameters[1].grad
-        return None if bias is None else self.to_matrix(weight, bias)
+        gradients = [parameter.grad for parameter in self.parameters]
+        if any(gradient is None for gradient in gradients):
+            return None
+        matrix = self.to_matrix(*(self.part(gradient) for gradient in gradients))  # type: ignore[arg-type]
+        return matrix.clone() if len(gradients) == 1 else matrix
 
     def write_gradient(self, theta: Tensor) -> None:
         """``param.grad.copy_`` of the matrix, in place: gradient buckets stay views."""
-        for parameter, value in zip(self.parameters, self.from_matrix(theta), strict=False):
-            parameter.grad.copy_(value)  # type: ignore[union-attr,arg-type]
+        for parameter, value in zip(self.parameters, self.parts(theta), strict=True):
+            self.part(parameter.grad).copy_(value)  # type: ignore[arg-type]
 
 
-def parameter_refusal(module: nn.Module) -> str | None:
+def average_locations(rows: Tensor, samples: int, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Rows (groups, B T, d) averaged over the locations that count: (groups, B, d), and the samples that count (B,)."""
+    grouped = rows.view(rows.shape[0], samples, -1, rows.shape[2])
+    if weights is None:
+        return grouped.mean(2), None
+    kept = weights.view(samples, -1).to(rows.dtype)
+    counts = kept.sum(1)
+    means = torch.einsum("gbtd,bt->gbd", grouped, kept) / counts.clamp_min(1.0)[None, :, None]
+    return means, counts > 0
+
+
+def parameter_refusal(module: nn.Module, weight: str = "weight", bias: str = "bias") -> str | None:
     """Why the module's parameters cannot be seen as a matrix that is trained; None where they can."""
-    weight = module._parameters.get("weight")
-    if weight is None:
+    parameter = module._parameters.get(weight)
+    if parameter is None:
         return "its weight is computed from other parameters (a parametrization)"
-    if not weight.requires_grad:
+    others: Any = module._parameters.get(bias)
+    if not parameter.requires_grad and (others is None or not others.requires_grad):
         return "its weight is frozen"
-    if weight.is_complex():
+    if parameter.is_complex():
         return "its weight is complex"
     return None
 

@@ -73,6 +73,8 @@ class Conv2dLayer(Layer):
         """See :meth:`Layer.forward_with`."""
         conv = self.module
         weight, bias = self.from_matrix(theta)
+        if weight is None:  # only the bias is trained: the constant at every location
+            weight = x.new_zeros(len(bias), *self.weight.shape[1:])  # type: ignore[arg-type]
         return F.conv2d(self._padded(x), weight, bias, conv.stride, 0, conv.dilation, conv.groups)
 
     def parameter_gradient(self, x: Tensor, g: Tensor) -> Tensor:
@@ -81,4 +83,4 @@ class Conv2dLayer(Layer):
         g = g if g.dim() == 4 else g[None]
         padded, shape = self._padded(x), list(self.weight.shape)
         weight = conv2d_weight(padded, shape, g, conv.stride, 0, conv.dilation, conv.groups)
-        return self.to_matrix(weight, g.sum((0, 2, 3)))
+        return self.to_matrix(*([weight] * self.has_weight + [g.sum((0, 2, 3))] * self.has_bias))

@@ -5,6 +5,7 @@ Vectors are over the layers that K-FAC covers, each layer's [W | b] flattened ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -33,7 +34,7 @@ class DenseFisher:
         self, model: nn.Module, layers: Sequence[Layer], x: Tensor, cotangents: Iterable[tuple[Tensor, float]]
     ) -> None:
         self.layers = layers
-        size = sum(parameter.numel() for layer in layers for parameter in layer.parameters)
+        size = sum(math.prod(layer.shape) for layer in layers)
         if size > MAX_PARAMETERS:
             raise ValueError(f"{size} covered parameters: a dense Fisher is for at most {MAX_PARAMETERS}")
         names = {id(p): name for name, p in model.named_parameters()}
@@ -54,8 +55,7 @@ class DenseFisher:
 
     def _matrices(self, layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
         tensors = [parts[name] for name in self._names[layer.name]]
-        bias = tensors[1] if len(tensors) > 1 else None
-        each = [layer.to_matrix(tensors[0][b], None if bias is None else bias[b]) for b in range(len(tensors[0]))]
+        each = [layer.to_matrix(*(layer.part(t[b]) for t in tensors)) for b in range(len(tensors[0]))]
         return torch.stack(each)
 
     def flatten(self, directions: Mapping[str, Tensor]) -> Tensor:

@@ -54,6 +54,11 @@ trainer:
         log_every_n_steps: 5
         sample_ids_key: ids
         mask_key: 2
+        kfac_approx: {attention: reduce, Conv: expand}
+        max_factor_dim: 512
+        large_factors: diagonal
+        norm_blocks: full
+        uncovered: diagonal
 """
 
 
@@ -105,6 +110,11 @@ def test_every_option_in_yaml(tmp_path):
         "log_every_n_steps": 5,
         "sample_ids_key": "ids",
         "mask_key": 2,
+        "kfac_approx": {"attention": "reduce", "Conv": "expand"},
+        "max_factor_dim": 512,
+        "large_factors": "diagonal",
+        "norm_blocks": "full",
+        "uncovered": "diagonal",
     }
     assert callback._distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.5, timeout=30)
 

@@ -1,0 +1,35 @@
+"""The linear map of rows of features that nn.Linear, attention and recurrent modules share."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kfac_dist.layers.base import Layer
+
+
+class LinearMap(Layer):
+    """y = W x + b over rows of features (Martens and Grosse 2015, section 3)."""
+
+    def input_rows(self, x: Tensor) -> Tensor:
+        """(.., d_in) as (1, R, d_in)."""
+        return x.reshape(1, -1, x.shape[-1])
+
+    def output_rows(self, g: Tensor) -> Tensor:
+        """(.., d_out) as (1, R, d_out)."""
+        return g.reshape(1, -1, g.shape[-1])
+
+    def forward_with(self, x: Tensor, theta: Tensor) -> Tensor:
+        """See :meth:`Layer.forward_with`."""
+        weight, bias = self.from_matrix(theta)
+        if weight is None:
+            return bias.expand(*x.shape[:-1], -1)  # type: ignore[union-attr]
+        return F.linear(x, weight, bias)
+
+    def parameter_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """See :meth:`Layer.parameter_gradient`."""
+        rows = self.output_rows(g)
+        parts = [(rows.mT @ self.input_rows(x))[0]] if self.has_weight else []
+        if self.has_bias:
+            parts.append(rows.sum(1)[0])
+        return self.to_matrix(*parts)

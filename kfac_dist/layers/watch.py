@@ -1,0 +1,52 @@
+"""How a layer's calls are heard of: the interface between the hooks of a layer family and the capture of statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from kfac_dist.layers.base import Layer
+
+
+class Part(NamedTuple):
+    """What one call was to one layer: its input and the gradient of its output, samples outermost in both."""
+
+    layer: Layer
+    x: Tensor
+    g: Tensor
+
+
+Split = Callable[[Sequence[Tensor | None]], Sequence[Part]]
+"""From the gradients of a call's outputs (None where an output does not lead to the logits) to the layers' parts."""
+
+
+class Record(Protocol):
+    """Takes calls down while a curvature batch is being captured."""
+
+    def wanted(self, names: Sequence[str]) -> bool:
+        """Whether the call that goes on is to be taken down; ``names`` are the layers that it concerns."""
+
+    def __call__(self, names: Sequence[str], outputs: Sequence[Tensor], split: Split) -> None:
+        """Take down a call that is wanted: the tensors whose gradients are needed, and what to do with them."""
+
+
+def watch_calls(layer: Layer, record: Record) -> list[RemovableHandle]:
+    """One forward hook, for a layer that is a module of one input and one output.
+
+    The hook is a plain function, which copy.deepcopy takes over as it is: a copy of the model (weight averaging makes
+    one) then calls it with a module of its own, and it ignores that.
+    """
+
+    @torch.compiler.disable
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        if module is not layer.module or not record.wanted([layer.name]):
+            return
+        x = (args[0] if args else kwargs["input"]).detach()
+        record([layer.name], [output], lambda gradients: [Part(layer, x, gradients[0])])  # type: ignore[arg-type]
+
+    return [layer.module.register_forward_hook(hook, with_kwargs=True)]
