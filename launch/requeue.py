@@ -72,7 +72,7 @@ class RequeueOnSignal(pl.Callback):
             return
         self._asked = False
         path = next_checkpoint(Path(trainer.default_root_dir))
-        unfinished = path.with_suffix(".part")
+        unfinished = path.with_name("unfinished.part")  # "hpc_ckpt_" in it would make Lightning resume from it
         trainer.save_checkpoint(unfinished)
         requeued = False
         if trainer.is_global_zero:

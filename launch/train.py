@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.plugins.environments import MPIEnvironment
 from pytorch_lightning.cli import LightningCLI
 
@@ -17,6 +18,7 @@ import kfac_dist.callbacks
 import kfac_dist.study  # noqa: F401
 from kfac_dist.environment import detect_environment
 from kfac_dist.launch.requeue import RequeueOnSignal
+from kfac_dist.launch.whole import WholeCheckpointIO
 
 PROGRAM = "kfac-dist"
 
@@ -49,27 +51,30 @@ class TrainingCLI(LightningCLI):
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """The Trainer, with what a SLURM job adds to it."""
+        """The Trainer, with checkpoint files that are whole, and what a SLURM job adds to it."""
         trainer = self._get(self.config_init, "trainer", default={})
         return super().instantiate_trainer(**additions(os.environ, trainer), **kwargs)
 
 
 def additions(variables: Mapping[str, str], trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for the Trainer beyond its configuration, in a SLURM job.
+    """Arguments for the Trainer beyond its configuration.
 
     Args:
         variables: such as ``os.environ``.
         trainer: the configuration.
     """
-    if "SLURM_JOB_ID" not in variables:
-        return {}
     callbacks, plugins = ([*_listed(trainer.get(name))] for name in ("callbacks", "plugins"))
-    if not any(isinstance(callback, RequeueOnSignal) for callback in callbacks):
-        callbacks.append(RequeueOnSignal())
-    if not plugins and detect_environment(variables).launcher in ("openmpi", "mpich"):
-        # Lightning would read SLURM's variables, which are those of mpirun and not of its processes.
-        plugins.append(MPIEnvironment())
-    return {"callbacks": callbacks, **({"plugins": plugins} if plugins else {})}
+    added: dict[str, Any] = {}
+    if "SLURM_JOB_ID" in variables:
+        if not any(isinstance(callback, RequeueOnSignal) for callback in callbacks):
+            callbacks.append(RequeueOnSignal())
+        added["callbacks"] = callbacks
+        if not plugins and detect_environment(variables).launcher in ("openmpi", "mpich"):
+            # Lightning would read SLURM's variables, which are those of mpirun and not of its processes.
+            plugins.append(MPIEnvironment())
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeCheckpointIO())
+    return added | {"plugins": plugins}
 
 
 def _listed(value: Any) -> list[Any]:
