@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kfac_dist.config import check_number
 from kfac_dist.one_level import OneLevel
 from kfac_dist.state import STATE_VERSION, LayerState, layer_state_from_dict
 from kfac_dist.two_level import TwoLevel
@@ -16,16 +17,38 @@ from kfac_dist.two_level import TwoLevel
 
 def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str, Any]:
     """The state, equal on every rank; it can be loaded with ``weights_only=True``."""
-    values = {field.name: getattr(one_level.config, field.name) for field in dataclasses.fields(one_level.config)}
     return {
         "version": STATE_VERSION,
         "step": step,
         "loss_scale": one_level.loss_scale,
         "counts": dict(one_level.counts),
-        "config": {name: _plain(value) for name, value in values.items()},
+        "config": _settings(one_level, two_level),
         "layers": {name: state.to_dict() for name, state in one_level.states.items()},
         "coarse": None if two_level is None else two_level.state_dict(),
     }
+
+
+def _settings(one_level: OneLevel, two_level: TwoLevel | None) -> dict[str, int | float | str]:
+    """Every setting of the method, by name; those of a coarse level begin with "coarse ".
+
+    Without ``skip_layers``: the layers themselves are compared.
+    """
+    values: dict[str, object] = {"coarse space": None}
+    for field in dataclasses.fields(one_level.config):
+        if field.name != "skip_layers":
+            values[field.name] = getattr(one_level.config, field.name)
+    if two_level is not None:
+        for field in dataclasses.fields(two_level.config):
+            values[f"coarse {field.name}"] = getattr(two_level.config, field.name)
+    return {name: _plain(value) for name, value in values.items()}
+
+
+def changed_settings(
+    state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | None
+) -> dict[str, tuple[object, object]]:
+    """Setting -> (value in the saved state, value now), where both levels have it and the values differ."""
+    now = _settings(one_level, two_level)
+    return {name: (then, now[name]) for name, then in state["config"].items() if name in now and then != now[name]}
 
 
 def _plain(value: object) -> int | float | str:
@@ -39,17 +62,25 @@ def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | No
     Raises:
         ValueError: another version, other layers or other shapes, or a damaged part; nothing is taken over then.
     """
-    version = state.get("version")
-    if version != STATE_VERSION:
-        raise ValueError(f"K-FAC state of version {version!r}; this release reads version {STATE_VERSION}")
-    missing = {"step", "loss_scale", "counts", "layers"} - set(state)
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise ValueError(f"this {type(state).__name__} is no K-FAC state: pass what state_dict() of K-FAC gave")
+    if state["version"] != STATE_VERSION:
+        raise ValueError(
+            f"K-FAC state of version {state['version']!r}; this release reads version {STATE_VERSION}: go on with the "
+            "release that wrote it, or without its K-FAC state"
+        )
+    missing = {"step", "loss_scale", "counts", "config", "layers", "coarse"} - set(state)
     if missing:
         raise ValueError(f"K-FAC state without {', '.join(sorted(missing))}: the checkpoint is damaged")
     try:
         saved, mine = set(state["layers"]), set(one_level.states)
-        step, loss_scale = int(state["step"]), float(state["loss_scale"])
+        step = int(state["step"])
         counts = {key: int(value) for key, value in state["counts"].items() if key in one_level.counts}
-    except (AttributeError, TypeError, ValueError) as error:
+        loss_scale, coarse = float(state["loss_scale"]), state["coarse"]
+        check_number("loss_scale", loss_scale, 0.0, open_low=True)
+        if step < 0 or not all(isinstance(part, Mapping) for part in (state["config"], coarse or {})):
+            raise ValueError(f"step={step}, config and coarse level of types {type(state['config'])}, {type(coarse)}")
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the K-FAC state is damaged: {error}") from error
     if saved != mine:
         raise ValueError(
@@ -61,10 +92,10 @@ def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | No
         shapes = one_level.factor_shapes(layer)
         part = state["layers"][layer.name]
         states[layer.name] = layer_state_from_dict(layer.name, part, shapes, one_level.dtype, one_level.device)
-    coarse = state.get("coarse")
     if two_level is not None:
         like = torch.zeros((), dtype=one_level.dtype, device=one_level.device)
         two_level.load_state_dict(coarse, {layer.name: layer.shape for layer in one_level.layers}, like)
+    # From here on nothing can fail.
     one_level.states = states
     one_level.loss_scale = loss_scale
     one_level.counts |= counts

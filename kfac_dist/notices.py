@@ -51,6 +51,13 @@ class Notices:
             )
         self.once("silent", f"these layers keep their plain gradient: {', '.join(names)}; {cause}")
 
+    def resumed(self, changed: Mapping[str, tuple[object, object]]) -> None:
+        """Name the settings that differ from those of the checkpoint."""
+        if changed:
+            named = "; ".join(f"{name} was {then!r} and is {now!r}" for name, (then, now) in sorted(changed.items()))
+            message = f"resumed with other settings than those of the checkpoint, which count from now on: {named}"
+            self.once(message, message)
+
 
 def check_layers(model: nn.Module, found: FoundLayers) -> None:
     """Raise ValueError where there is nothing to precondition, or where it lies on several devices."""

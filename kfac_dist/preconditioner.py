@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_dist.assignment import Assignment
-from kfac_dist.checkpoint import load, save
+from kfac_dist.checkpoint import changed_settings, load, save
 from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_channel, make_communicator
 from kfac_dist.compat import full_float32, unwrap
@@ -146,7 +146,9 @@ class KFACPreconditioner:
         )
         channel = self.distribution.coarse_backend if self.coarse is not None else None
         self._coarse_world = make_channel(channel, self._world, self.distribution.timeout, self._one.device)
-        self._two = None if self.coarse is None else TwoLevel(self.coarse, self._coarse_world)
+        self._two = None
+        if self.coarse is not None and space is not None:
+            self._two = TwoLevel(self.coarse, space, self._coarse_world)
         try:
             self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
         except BaseException:
@@ -156,6 +158,7 @@ class KFACPreconditioner:
         self._samples: Samples | None = None
         self._joint = frozenset(layer.name for layer in self.layers if layer.joint)
         self._step = 0
+        self._before: dict[str, Any] | None = None  # the state before the step that is under way
         self._notices = Notices(self._world.rank)
         self._timer = PhaseTimer(self._one.device)
         self.metrics = Metrics()
@@ -233,6 +236,7 @@ class KFACPreconditioner:
         """
         check_number("grad_scale", grad_scale, 0.0, open_low=True)
         self._check_step(lr, closure, grad_scale)
+        self._before = save(self._step, self._one, self._two)
         self._world.traffic.clear()
         one, values = self._one, dict[str, MetricValue]()
         # A caller's autocast (the whole training_step, under manual optimization) would halve the precision of it all.
@@ -345,6 +349,7 @@ class KFACPreconditioner:
         self.metrics.replace(values, self._timer)
         self._timer = PhaseTimer(self._one.device)
         self._step += 1
+        self._before = None
         self._begin()
 
     # -- checks and warnings --------------------------------------------------------------------------------------
@@ -414,20 +419,28 @@ class KFACPreconditioner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size."""
-        return save(self._step, self._one, self._two)
+        """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size.
+
+        Within :meth:`step` (a signal's handler) and after a step that raised it is the state before that step.
+        """
+        return self._before or save(self._step, self._one, self._two)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; inverses are rebuilt at the next step, by whichever rank owns them now.
 
-        With a coarse level the next step captures samples anew.
+        With one level the run goes on bit by bit as it would have without the interruption, at any step and on as many
+        ranks. A coarse level's samples are not saved: there it does so from a step with a factor update, and at any
+        other step the next one captures samples of its own batch. Checks and warnings that are made once are made
+        again; settings other than the saved ones count from now on, and one warning names them.
 
         Raises:
-            ValueError: another version, other layers or other shapes; nothing is taken over then.
+            ValueError: another version, other layers or other shapes, or a damaged part; nothing is taken over then.
         """
         self._step = load(state, self._one, self._two)
+        self._before = None
         self._samples = None
         self._begin()
+        self._notices.resumed(changed_settings(state, self._one, self._two))
 
     def close(self) -> None:
         """Remove every hook and give back what was made; idempotent."""

@@ -93,7 +93,7 @@ def layer_state_from_dict(
         device: where they go.
 
     Raises:
-        ValueError: a part is missing or a shape differs.
+        ValueError: a part is missing or damaged, or a shape differs.
     """
 
     def factors(key: str) -> Factors | None:
@@ -109,13 +109,21 @@ def layer_state_from_dict(
                     f"K-FAC state of layer {name!r}: factor {side} has shape {found} in the checkpoint and {shape} in "
                     "this model; load it into the model it was saved from, with the same factor_sides"
                 )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"K-FAC state of layer {name!r} is damaged: factor {side} is not finite")
             sides[side] = tensor.to(device=device, dtype=dtype, copy=True)
-        return Factors(sides["A"], sides["G"], float(part["locations"]))  # type: ignore[arg-type]
+        locations = part["locations"]
+        if not (isinstance(locations, (int, float)) and 0.0 <= locations < float("inf")):
+            raise ValueError(f"K-FAC state of layer {name!r} is damaged: locations={locations!r}")
+        return Factors(sides["A"], sides["G"], float(locations))  # type: ignore[arg-type]
 
     try:
         average = factors("factors")
         same = saved["inverted"] is not None and saved["factors"] is not None
         same = same and saved["inverted"]["A"] is saved["factors"]["A"]
-        return LayerState(average, int(saved["updates"]), average if same else factors("inverted"))
+        updates = saved["updates"]
+        if not isinstance(updates, int) or updates < 0 or (updates > 0) != (average is not None):
+            raise TypeError(f"{updates!r} updates of {'a' if average else 'no'} moving average")
+        return LayerState(average, updates, average if same else factors("inverted"))
     except (KeyError, TypeError) as error:
         raise ValueError(f"K-FAC state of layer {name!r} is damaged: {error!r}") from error

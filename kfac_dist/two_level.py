@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from kfac_dist.basis import Basis
-from kfac_dist.coarse import CoarseSpace, coarse_spaces
+from kfac_dist.coarse import CoarseSpace
 from kfac_dist.coarse_solver import CoarseOperator, Status, factorise
+from kfac_dist.coarse_state import saved_coefficients, saved_momentum
 from kfac_dist.comm import Communicator
-from kfac_dist.config import CoarseConfig, evaluate
+from kfac_dist.config import CoarseConfig, check_number, evaluate
 from kfac_dist.correction import Correction
 from kfac_dist.fine import Fine
 from kfac_dist.metrics import MetricValue
@@ -32,12 +33,13 @@ class TwoLevel:
 
     Args:
         config: the coarse level's configuration.
+        space: the coarse space that it names.
         communicator: its channel; rank 0 solves.
     """
 
-    def __init__(self, config: CoarseConfig, communicator: Communicator) -> None:
+    def __init__(self, config: CoarseConfig, space: CoarseSpace, communicator: Communicator) -> None:
         self.config = config
-        self.space: CoarseSpace = coarse_spaces[config.space](config)
+        self.space = space
         self.failures = 0
         self.solves = 0
         self.momentum: dict[str, Tensor] | None = None
@@ -325,27 +327,21 @@ class TwoLevel:
         Raises:
             ValueError: the momentum does not fit the layers, or a part is missing; nothing is taken over then.
         """
-        if saved is None or saved.get("space") != self.config.space:
-            self.momentum, self._kept, self._rows = None, None, None
-            self.space = coarse_spaces[self.config.space](self.config)  # what it cached is of other factors
-            self.trust, self.failures, self.solves = LevenbergMarquardt(self.config.initial_damping), 0, 0
-            return
-        missing = self.state_dict().keys() - saved.keys()
-        if missing:
-            raise ValueError(f"the checkpoint's coarse level lacks {', '.join(sorted(missing))}: it is damaged")
-        momentum, kept = saved["momentum"], saved["kept"]
-        for name, delta in (momentum or {}).items():
-            if name not in shapes or tuple(delta.shape) != shapes[name]:
-                raise ValueError(
-                    f"the checkpoint's momentum of layer {name!r} has shape {tuple(delta.shape)}, this model wants "
-                    f"{shapes.get(name)}; load it into the model it was saved from"
-                )
-        self.momentum = None if momentum is None else {n: d.to(like, copy=True) for n, d in momentum.items()}
-        self._kept = None
-        if kept is not None:
-            self._kept = list(kept["layers"]), kept["coefficients"].to(device=like.device, copy=True)
-        self._rows = None
-        self.space = coarse_spaces[self.config.space](self.config)
-        self.has_loss = bool(saved["has_loss"])
-        self.trust = LevenbergMarquardt(float(saved["damping"]), bool(saved["again"]))
-        self.failures, self.solves = int(saved["failures"]), int(saved["solves"])
+        momentum, kept, trust = None, None, LevenbergMarquardt(self.config.initial_damping)
+        counts, has_loss = (0, 0), self.has_loss
+        if saved is not None and saved.get("space") == self.config.space:
+            missing = self.state_dict().keys() - saved.keys()
+            if missing:
+                raise ValueError(f"the checkpoint's coarse level lacks {', '.join(sorted(missing))}: it is damaged")
+            try:
+                momentum = saved_momentum(saved["momentum"], shapes, like)
+                kept = saved_coefficients(saved["kept"], shapes, like.device)
+                trust = LevenbergMarquardt(float(saved["damping"]), bool(saved["again"]))
+                check_number("damping", trust.damping, 0.0, open_low=True)
+                counts, has_loss = (int(saved["failures"]), int(saved["solves"])), bool(saved["has_loss"])
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"the checkpoint's coarse level is damaged or of another model: {error}") from error
+        # From here on nothing can fail.
+        self.momentum, self._kept, self._rows, self.trust = momentum, kept, None, trust
+        (self.failures, self.solves), self.has_loss = counts, has_loss
+        self.space.forget()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kfac_dist import CoarseConfig, KFACPreconditioner
+from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_communicator
 from kfac_dist.samples import Samples
 from kfac_dist.two_level import TwoLevel
@@ -112,7 +113,7 @@ def test_old_samples_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_auto_is_the_larger_of_256_and_4_m(space: str, k: int, layers: int, wanted: int) -> None:
     config = CoarseConfig(space=space, vectors_per_layer=k)
-    assert TwoLevel(config, make_communicator("single")).quota(layers) == wanted
+    assert TwoLevel(config, coarse_spaces[config.space](config), make_communicator("single")).quota(layers) == wanted
 
 
 @pytest.mark.parametrize("draws", [2, "exact"])

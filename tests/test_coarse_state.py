@@ -143,6 +143,7 @@ def test_the_state_is_a_copy() -> None:
     assert equal(state, before)
 
 
+@pytest.mark.filterwarnings("ignore:resumed with other settings")
 def test_a_one_level_checkpoint_in_a_two_level_run() -> None:
     one = make(None)
     steps(one, 0, CURVATURE)
@@ -157,6 +158,7 @@ def test_a_one_level_checkpoint_in_a_two_level_run() -> None:
     assert equal(two.state_dict()["coarse"], fresh)
 
 
+@pytest.mark.filterwarnings("ignore:resumed with other settings")
 def test_a_two_level_checkpoint_in_a_one_level_run() -> None:
     two = make(config("layer_step_momentum"))
     steps(two, 0, CURVATURE)
@@ -167,6 +169,7 @@ def test_a_two_level_checkpoint_in_a_one_level_run() -> None:
     assert one.metrics["corrected"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:resumed with other settings")
 def test_a_checkpoint_of_another_space_starts_the_coarse_level_afresh() -> None:
     kfac = make(config("layer_step_momentum"))
     steps(kfac, 0, CURVATURE)

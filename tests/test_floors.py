@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "kfac_dist"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "registry", "environment", "compat", "draws", "metrics"),
     ("factors", "inverse", "assignment", "fused", "schedules", "restrict", "coarse_solver"),
-    ("state",),
+    ("state", "coarse_state"),
     ("layers", "likelihoods", "comm"),
     ("samples", "trust"),
     ("coarse",),

@@ -139,6 +139,9 @@ class CoarseSpace(ABC):
     def vectors(self, fine: FineLevel) -> Mapping[str, Sequence[Vector]]:
         """Layer -> its raw basis vectors, the same on every rank; they are made orthonormal by the caller."""
 
+    def forget(self) -> None:  # noqa: B027 - most spaces keep nothing
+        """Drop what was kept of the factors: others have taken their place."""
+
     def local_moment(self, Y: Tensor, samples: Samples) -> Tensor:
         """What this rank contributes to the operator, to be summed over the ranks: symmetric matrices (c, m, m)."""
         return (Y @ Y.mT)[None]

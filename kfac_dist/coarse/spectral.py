@@ -27,3 +27,7 @@ class Spectral(CoarseSpace):
         if self._seen is None or self._seen[0] != key:
             self._seen = (key, fine.leading_eigenvectors(self.count, largest=self.variant == "largest"))
         return self._seen[1]
+
+    def forget(self) -> None:
+        """See :meth:`CoarseSpace.forget`."""
+        self._seen = None

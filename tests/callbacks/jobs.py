@@ -11,13 +11,27 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from kfac_dist import DistributionConfig
-from tests.callbacks.tiny import BATCH, Classifier, Gradients, Manual, fit, hooks, kfac, loader, weights
+from kfac_dist.study.resumable import ResumableLoader
+from tests.callbacks.tiny import (
+    BATCH,
+    Classifier,
+    Gradients,
+    Manual,
+    RankBatches,
+    data,
+    fit,
+    hooks,
+    kfac,
+    loader,
+    weights,
+)
 
 # name -> (module, its options, the strategy's options, the Trainer's options)
 VARIANTS: dict[str, tuple[type[Classifier], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -87,6 +101,21 @@ def resume(rank: int, world_size: int, load: str | None, save: str, epochs: int,
     made = fit(model, [kfac(**callback)], loader(rank=rank, ranks=world_size), ckpt_path=load, **options)
     made.save_checkpoint(save)
     return weights(model)
+
+
+def interrupted(rank: int, world_size: int, folder: str, callback: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Weights after two epochs without an interruption, and resumed from within the first and the second."""
+    dataset = data(4 * BATCH)
+
+    def run(callbacks: list[pl.Callback], **more: Any) -> dict[str, Tensor]:
+        model = Classifier(momentum=0.9)
+        train = ResumableLoader(dataset, batch_sampler=RankBatches(len(dataset), BATCH, rank, world_size))
+        fit(model, [kfac(**callback), *callbacks], train, max_epochs=2, **ddp(world_size), **more)
+        return weights(model)
+
+    every = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run([every], enable_checkpointing=True)
+    return [whole, *(run([], ckpt_path=f"{folder}/step={step}.ckpt") for step in (3, 5))]
 
 
 @contextmanager
