@@ -80,6 +80,12 @@ class Reduced:
     fallbacks: int
     checksums: list[tuple[float, float]]
 
+    @property
+    def finite(self) -> bool:
+        """Whether the factors are: sums that are finite on every rank can overflow together (one synchronisation)."""
+        sides = [side for factors in self.factors.values() for side in factors.sides().values()]
+        return not sides or bool(torch.stack([side.isfinite().all() for side in sides]).all())
+
 
 def reduce_statistics(
     layers: Sequence[Layer],

@@ -219,6 +219,8 @@ class Fisher:
             return []
         try:
             return torch.autograd.grad(output, edges, cotangent, retain_graph=True, allow_unused=True)
+        except torch.OutOfMemoryError:  # a RuntimeError, too, and says enough by itself
+            raise
         except RuntimeError as error:
             raise RuntimeError(
                 f"the sampled-target pass could not go back through the graph ({error}). Call accumulate() after the "

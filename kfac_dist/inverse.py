@@ -11,7 +11,8 @@ that is block diagonal itself comes as (groups * blocks, size, size), padded wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeVar
@@ -92,30 +93,39 @@ def _cholesky_inverse(matrices: Tensor) -> Tensor | None:
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
-    try:
-        if matrices.shape[-1] == 1:
-            values, vectors = matrices[..., 0], torch.ones_like(matrices)
-        else:
-            values, vectors = torch.linalg.eigh(matrices)
-    except RuntimeError:  # LinAlgError is one: the iteration did not converge
-        return None
+    if matrices.shape[-1] == 1:
+        values, vectors = matrices[..., 0], torch.ones_like(matrices)
+    else:
+        values, vectors = torch.linalg.eigh(matrices)
     if not bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
         return None
     return values.clamp_min(0.0), vectors
 
 
-def _attempts(matrices: Tensor) -> Iterator[tuple[Outcome, Tensor]]:
-    """The matrix as it is, in float64, and in float64 with 1e-6 of its mean diagonal added."""
-    yield Outcome.NATIVE, matrices
+def _jittered(matrices: Tensor) -> Tensor:
     double = matrices.double()
-    yield Outcome.FLOAT64, double
     size = double.diagonal(dim1=-2, dim2=-1).abs().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    yield Outcome.JITTER, add_to_diagonal(double, 1e-6 * size)
+    return add_to_diagonal(double, 1e-6 * size)
+
+
+# The matrix as it is, in float64, and in float64 with 1e-6 of its mean diagonal added.
+_ATTEMPTS: tuple[tuple[Outcome, Callable[[Tensor], Tensor]], ...] = (
+    (Outcome.NATIVE, lambda matrices: matrices),
+    (Outcome.FLOAT64, lambda matrices: matrices.double()),
+    (Outcome.JITTER, _jittered),
+)
 
 
 def _first_success(matrices: Tensor, solve: Callable[[Tensor], Solved | None]) -> tuple[Outcome, Solved] | None:
-    for outcome, candidate in _attempts(matrices):
-        result = solve(candidate)
+    """Whatever an attempt raises, it has failed and no more: the other ranks wait for this one's inverse."""
+    for outcome, prepare in _ATTEMPTS:
+        try:
+            result = solve(prepare(matrices))
+        except torch.linalg.LinAlgError:  # the iteration did not converge
+            continue
+        except Exception as error:
+            warnings.warn(f"a factorisation raised {error!r}: what comes next is tried instead", stacklevel=3)
+            continue
         if result is not None:
             return outcome, result
     return None

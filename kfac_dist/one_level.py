@@ -113,7 +113,8 @@ class OneLevel:
         self._own_fallbacks = 0
         self.counts["inverse_fallbacks"] += reduced.fallbacks
         self.counts["failed_ranks"] += reduced.failed_ranks
-        if reduced.bad_gradient_ranks or (reduced.failed_ranks and not reduced.samples):
+        nothing = reduced.failed_ranks and not reduced.samples
+        if reduced.bad_gradient_ranks or nothing or not reduced.finite:
             self.counts["dropped_statistics"] += 1
             return False
         check_replicas(reduced.checksums, self._average_gradients)

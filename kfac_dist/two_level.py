@@ -7,8 +7,9 @@ not depend on how they lie on the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from kfac_dist.samples import Samples
 from kfac_dist.trust import LevenbergMarquardt
 
 DEFAULT_SAMPLES = 256
+Result = TypeVar("Result")
+Solution = tuple[Status, Tensor]
+"""How a solve went, and beta (m,)."""
 
 
 class TwoLevel:
@@ -121,17 +125,20 @@ class TwoLevel:
             w = torch.einsum("nkc,k->c", rows, torch.tensor(zeta).to(rows))
         Y = basis.restrict(rows).double()
         w = w.double()
-        restricted = self._restricted(fine, basis, zeta)
-        operator, sums = self._reduce(basis, samples, Y, w, damping, extra=zeta is None)
-        rhs = torch.zeros(0, dtype=torch.float64)
+        sums = self._reduce(basis, samples, Y, w, extra=zeta is None)
         galerkin = self._galerkin(basis.count)
-        if operator is not None:
-            gradient, direction = restricted["gradient"], restricted["direction"]
-            residual = gradient - sums["Yw"] / sums["samples"] - damping * direction
-            additive = self.config.correction in ("additive", "deflated", "balanced") or galerkin is not None
-            rhs = gradient if additive else residual
+        additive = self.config.correction in ("additive", "deflated", "balanced") or galerkin is not None
+
+        def solve() -> tuple[CoarseOperator, Solution]:
+            restricted = self._restricted(fine, basis, zeta)
+            operator = self._operator(basis, sums, damping)
+            gradient = restricted["gradient"]
+            residual = gradient - sums["Yw"] / sums["samples"] - damping * restricted["direction"]
             self._report(operator, residual, sums, restricted, damping, zeta)
-        solved, beta = self._broadcast_solution(operator, rhs, basis)
+            return operator, operator.solve(gradient if additive else residual)
+
+        operator, solution = self._on_rank_0(solve) or (None, None)
+        solved, beta = self._broadcast(solution, basis)
         t = basis.raw_coefficients(beta)
         if not solved:
             return self._one_level(fine, basis)
@@ -175,13 +182,15 @@ class TwoLevel:
         w = samples.along(y)
         local = torch.cat([basis.restrict(rows).double() @ w.double(), w.new_full((1,), samples.valid).double()])
         self._communicator.reduce(local, dst=0, phase="coarse")
-        rhs = torch.zeros(0, dtype=torch.float64)
-        if operator is not None:
+
+        def solve() -> Solution:
+            assert operator is not None  # rank 0 has one: the first solve has succeeded
             host = local.cpu()
             restricted = basis.restrict(basis.by_block(basis.dots_by_layer(fine.gradients))).cpu()
             along = basis.restrict(basis.by_block(basis.dots_by_layer(y))).cpu()
-            rhs = restricted - host[:-1] / host[-1] - damping * along
-        solved, beta = self._broadcast_solution(operator, rhs, basis)
+            return operator.solve(restricted - host[:-1] / host[-1] - damping * along)
+
+        solved, beta = self._broadcast(self._on_rank_0(solve), basis)
         if not solved:
             return self._one_level(fine, basis)
         return Correction(basis, t + basis.raw_coefficients(beta), step, True, directions=fine.directions)
@@ -200,9 +209,7 @@ class TwoLevel:
         return rows
 
     def _restricted(self, fine: Fine, basis: Basis, zeta: tuple[float, ...] | None) -> dict[str, Tensor]:
-        """R_0 grad, R_0 zeta and the norms that the report needs, on rank 0 only."""
-        if self._communicator.rank != 0:
-            return {}
+        """R_0 grad, R_0 zeta and the norms that the report needs."""
         gradient = basis.restrict(basis.by_block(basis.dots_by_layer(fine.gradients)))
         if zeta is None:
             direction = basis.by_block(basis.dots_by_layer(fine.directions))
@@ -213,10 +220,8 @@ class TwoLevel:
         m = basis.dimension
         return {"gradient": packed[:m], "direction": packed[m : 2 * m], "norm": packed[2 * m]}
 
-    def _reduce(
-        self, basis: Basis, samples: Samples, Y: Tensor, w: Tensor, damping: float, *, extra: bool
-    ) -> tuple[CoarseOperator | None, dict[str, Tensor]]:
-        """ONE reduce of [moment | Y w | count] to rank 0, which factorises E; the others get None."""
+    def _reduce(self, basis: Basis, samples: Samples, Y: Tensor, w: Tensor, *, extra: bool) -> dict[str, Tensor]:
+        """The sums of ONE reduce of [moment | Y w | count] to rank 0; elsewhere nothing that could be used."""
         m = basis.dimension
         moment = self.space.local_moment(Y, samples)
         rows, columns = torch.triu_indices(m, m, device=Y.device)
@@ -226,26 +231,40 @@ class TwoLevel:
         local = torch.cat(parts)
         self._communicator.reduce(local, dst=0, phase="coarse")
         if self._communicator.rank != 0:
-            return None, {}
+            return {}
         host, layers = local.cpu(), moment.shape[0]
         split = layers * rows.numel()
         full = torch.zeros(layers, m, m, dtype=torch.float64)
         full[:, rows.cpu(), columns.cpu()] = host[:split].view(layers, -1)
-        full = full + full.triu(1).mT
-        sums = {"Yw": host[split : split + m], "samples": host[split + m]}
-        if extra:
-            sums["ww"] = host[split + m + 1]
-        if not float(sums["samples"]) > 0:
-            return factorise(torch.full((m, m), float("nan"), dtype=torch.float64)), sums
-        E = self.space.operator(full, float(sums["samples"])) + damping * basis.orthonormal_gram().cpu()
-        return factorise(E), sums
+        sums = {"moment": full + full.triu(1).mT, "Yw": host[split : split + m], "samples": host[split + m]}
+        return sums | ({"ww": host[split + m + 1]} if extra else {})
 
-    def _broadcast_solution(self, operator: CoarseOperator | None, rhs: Tensor, basis: Basis) -> tuple[bool, Tensor]:
-        """[status, beta] from rank 0: every rank learns whether to use it."""
+    def _operator(self, basis: Basis, sums: Mapping[str, Tensor], damping: float) -> CoarseOperator:
+        """E, factorised."""
+        m, samples = basis.dimension, float(sums["samples"])
+        if not samples > 0:
+            return factorise(torch.full((m, m), float("nan"), dtype=torch.float64))
+        return factorise(self.space.operator(sums["moment"], samples) + damping * basis.orthonormal_gram().cpu())
+
+    def _on_rank_0(self, compute: Callable[[], Result]) -> Result | None:
+        """What rank 0 computes between two collectives; None elsewhere.
+
+        Whatever it raises is a failed solve, and None: the other ranks wait for what comes of it.
+        """
+        if self._communicator.rank != 0:
+            return None
+        try:
+            return compute()
+        except Exception as error:
+            warnings.warn(f"the coarse solve raised {error!r}: this is a one-level step", stacklevel=2)
+            return None
+
+    def _broadcast(self, solution: Solution | None, basis: Basis) -> tuple[bool, Tensor]:
+        """[status, beta] from rank 0, or a failure where it has none: every rank learns whether to use it."""
         message = torch.zeros(basis.dimension + 1, dtype=torch.float64)
-        if operator is not None:
-            status, beta = operator.solve(rhs)
-            message[0], message[1:] = float(status), beta
+        message[0] = float(Status.FAILED)
+        if solution is not None:
+            message[0], message[1:] = float(solution[0]), solution[1]
         message = message.to(basis.like.device)
         self._communicator.broadcast(message, src=0, phase="coarse")
         return float(message[0]) != Status.FAILED, message[1:]

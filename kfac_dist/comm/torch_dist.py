@@ -6,6 +6,7 @@ Ranks are GROUP ranks throughout. Nothing is sent, and nothing counted, by a gro
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,8 +26,12 @@ from kfac_dist.comm.base import (
     communicators,
     own_group,
 )
+from kfac_dist.roll_call import roll_call
 
 T = TypeVar("T")
+
+ROLL_CALL_SECONDS = 10.0
+"""How long a rank on which a collective has failed waits for the others to fail too, at most."""
 
 
 def is_initialised() -> bool:
@@ -102,14 +107,26 @@ class TorchCommunicator:
         return dist.get_rank(), dist.get_world_size()
 
     def _guard(self, operation: str, phase: str, collective: Callable[[], T]) -> T:
-        """Run ``collective``; name phase, operation, rank and size where it fails."""
+        """Run ``collective``; name phase, operation, rank and size where it fails, and who did not come."""
         where = f"{phase}: {operation} on rank {self.rank} of {self.size}"
         if self._closed:
             raise CommunicationError(f"{where}: the communicator is closed")
         try:
             return collective()
         except Exception as error:
-            raise CommunicationError(f"{where} failed: {error}") from error
+            raise CommunicationError(f"{where} failed: {self._missing(phase)}{error}") from error
+
+    def _missing(self, phase: str) -> str:
+        """What the job's store says of this group's ranks; empty where torch.distributed has been shut down."""
+        try:
+            world: Any = dist.group.WORLD
+            members = dist.get_process_group_ranks(getattr(self, "_group", world))
+            store: Any = world.get_group_store()
+        except (AttributeError, KeyError, RuntimeError, ValueError):
+            return ""
+        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host = "the launcher of global rank 0" if agent else "global rank 0"
+        return roll_call(store, host, dist.get_rank(), members, phase, min(ROLL_CALL_SECONDS, self._timeout / 4))
 
     def _run(
         self,

@@ -33,13 +33,14 @@ class Run:
     even: bool = False
     ddp: bool = False
     empty_forward: bool = False
+    timeout: float = 600.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def distribution(self, world_size: int) -> DistributionConfig:
-        average = world_size > 1 and not self.ddp
+        common: dict[str, Any] = {"average_gradients": world_size > 1 and not self.ddp, "timeout": self.timeout}
         if isinstance(self.strategy, str):
-            return DistributionConfig(strategy=self.strategy, average_gradients=average)  # type: ignore[arg-type]
-        return DistributionConfig(strategy="hybrid", gradient_worker_fraction=self.strategy, average_gradients=average)
+            return DistributionConfig(strategy=self.strategy, **common)  # type: ignore[arg-type]
+        return DistributionConfig(strategy="hybrid", gradient_worker_fraction=self.strategy, **common)
 
 
 @dataclass
