@@ -33,6 +33,25 @@ def gives_up(E: Tensor) -> CoarseOperator:
         return factorise(torch.ones_like(E))
 
 
+def raises(E: Tensor) -> CoarseOperator:
+    """What nobody thought of."""
+    raise MemoryError("no room for E")
+
+
+def raises_later(E: Tensor) -> CoarseOperator:
+    """The second solve of a step, where there is one."""
+    operator, answers = factorise(E), []
+
+    def solve(rhs: Tensor) -> Any:
+        if answers:
+            raise ZeroDivisionError
+        answers.append(CoarseOperator.solve(operator, rhs))
+        return answers[0]
+
+    object.__setattr__(operator, "solve", solve)
+    return operator
+
+
 BROKEN = 3
 
 
@@ -51,28 +70,34 @@ def broken_steps(rank: int, world_size: int, key: str, strategy: str, how: str) 
 
 
 @pytest.mark.parametrize(
-    ("key", "strategy", "how"),
+    ("key", "strategy", "how", "world_size"),
     [
-        ("cnn momentum", "mem_opt", "failed"),
-        ("nicolaides", "comm_opt", "failed"),
-        ("nicolaides", "mem_opt", "not_finite"),
-        ("nicolaides", "mem_opt", "gives_up"),
-        ("nicolaides balanced", "mem_opt", "failed"),
-        ("nicolaides deflated", "comm_opt", "not_finite"),
+        ("cnn momentum", "mem_opt", "failed", 2),
+        ("nicolaides", "comm_opt", "failed", 2),
+        ("nicolaides", "mem_opt", "not_finite", 2),
+        ("nicolaides", "mem_opt", "gives_up", 3),
+        ("nicolaides", "comm_opt", "raises", 2),
+        ("nicolaides", "mem_opt", "raises", 3),
+        ("nicolaides balanced", "mem_opt", "failed", 2),
+        ("nicolaides balanced", "mem_opt", "raises_later", 2),
+        ("nicolaides balanced", "comm_opt", "raises_later", 3),
+        ("nicolaides deflated", "comm_opt", "not_finite", 2),
     ],
 )
-def test_a_failed_solve_is_a_one_level_step_on_every_rank(ranks: RankPool, key: str, strategy: str, how: str) -> None:
+def test_a_failed_solve_is_a_one_level_step_on_every_rank(
+    ranks: RankPool, key: str, strategy: str, how: str, world_size: int
+) -> None:
     one_level = train(0, 1, replace(RUNS[key], options=RUNS[key].options | {"coarse": None}))
-    answers = ranks.run(2, broken_steps, key, strategy, how, timeout=60)
+    answers = ranks.run(world_size, broken_steps, key, strategy, how, timeout=60)
     for answer in answers:
         assert [step["metrics"]["corrected"] for step in answer] == [0, 0, 0, 1, 1]
         assert [step["metrics"]["coarse/failures"] for step in answer] == [1, 2, 3, 3, 3]
     for step in range(STEPS):
-        first, second, wanted = (
+        first, *others, wanted = (
             torch.cat([g.flatten() for g in gradients.values()])
-            for gradients in (answers[0][step]["gradients"], answers[1][step]["gradients"], one_level.gradients[step])
+            for gradients in (*(answer[step]["gradients"] for answer in answers), one_level.gradients[step])
         )
-        assert torch.equal(first, second)
+        assert all(torch.equal(first, other) for other in others)
         difference = torch.linalg.norm(first - wanted) / torch.linalg.norm(wanted)
         assert difference < 1e-10 if step < BROKEN else difference > 1e-3
 

@@ -1,4 +1,4 @@
-"""A rank that is killed, or that freezes, at every stage of the step: the others raise in time and say where, and who."""
+"""A rank that is killed or freezes, at every stage of the step: the others raise in time and say where, and who."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ BEFORE_THE_AVERAGE = ("capture", "factors")
 CASES = [
     *(("kill", stage, -1) for stage in STAGES),
     *(("freeze", stage, -1) for stage in ("capture", "inversion", "coarse broadcast")),
+    ("make_a_mistake", "capture", -1),  # an exception in the user's own part of the step
     ("kill", "factors", 0),
     ("freeze", "factors", 0),
 ]

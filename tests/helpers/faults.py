@@ -70,6 +70,11 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def make_a_mistake() -> None:
+    """An exception that is none of K-FAC's."""
+    raise KeyError("a batch without labels")
+
+
 # -- ranks that may die -----------------------------------------------------------------------------------------------
 
 
