@@ -27,12 +27,13 @@ from kfac_dist.callbacks.checks import (
     warn_of_optimizer,
 )
 from kfac_dist.callbacks.logs import log
-from kfac_dist.callbacks.options import check_options, entry, exactly, parse_coarse, parse_distribution
+from kfac_dist.callbacks.options import check_options, entry, exactly, method_of, parse_coarse, parse_distribution
 from kfac_dist.callbacks.trial import Trial
 from kfac_dist.callbacks.window import Window
 from kfac_dist.compat import is_compiled, open_compiled_code
 from kfac_dist.config import CoarseConfig, DistributionConfig
 from kfac_dist.preconditioner import KFACPreconditioner
+from kfac_dist.summary import Summary, inspect
 
 
 class KFAC(pl.Callback):
@@ -156,6 +157,16 @@ class KFAC(pl.Callback):
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the last step, as ``KFACPreconditioner.metrics``; they stay after the fit."""
         return self._metrics if self._core is None else self._core.metrics
+
+    def inspect(self, pl_module: pl.LightningModule, world_size: int = 1) -> Summary:
+        """What a fit on so many ranks would do with every module: a table for ``print`` and ``rich.print``.
+
+        Raises:
+            MisconfigurationException: the module has no layer that can be preconditioned.
+        """
+        method = method_of(self._options)
+        with misconfigurations():
+            return inspect(pl_module, method, self._distribution, self._options["coarse"], world_size)
 
     # -- begin and end --------------------------------------------------------------------------------------------
 

@@ -14,13 +14,22 @@ from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, check
 from kfac_dist.likelihoods import likelihoods
 
 
+def method_of(options: Mapping[str, Any]) -> KFACConfig:
+    """The method's configuration among the callback's options.
+
+    Raises:
+        ValueError: a value is out of its bounds.
+    """
+    known = {field.name for field in fields(KFACConfig)}
+    likelihood = options["likelihood"] or "empirical"
+    return KFACConfig(**{name: value for name, value in options.items() if name in known} | {"likelihood": likelihood})
+
+
 def check_options(options: Mapping[str, Any], clip_raw_gradients: float | None, log_every_n_steps: int | None) -> None:
     """Raise ValueError for a value that is out of its bounds, before there is a model."""
-    method = {field.name for field in fields(KFACConfig)}
-    likelihood = options["likelihood"] or "empirical"
-    KFACConfig(**{name: value for name, value in options.items() if name in method} | {"likelihood": likelihood})
-    if likelihood != "empirical":
-        likelihoods[likelihood]
+    method = method_of(options)
+    if method.likelihood != "empirical":
+        likelihoods[method.likelihood]
     if not isinstance(options["output_module"], (str, type(None))):
         raise ValueError(
             f"output_module={type(options['output_module']).__name__}(..) must be a name: what model.named_modules() "

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from kfac_dist.assignment import LayerCost, Side, assign, nearest_divisor
+from kfac_dist.assignment import Assignment, LayerCost, Side, assign, nearest_divisor
 from kfac_dist.comm import Communicator
 from kfac_dist.config import DistributionConfig, KFACConfig
 from kfac_dist.curvature import Health, InverseExchange, Reduced, factor_shapes, reduce_statistics
@@ -23,6 +23,30 @@ def layer_cost(layer: Layer) -> LayerCost:
     """What the layer costs, for the assignment."""
     sizes = {side: (shape.size, shape.blocks) for side, shape in layer.factors.items()}
     return LayerCost(layer.name, layer.input_dim, layer.output_dim, layer.groups, sizes)
+
+
+def wants_eigenbases(config: KFACConfig) -> bool:
+    """Whether the damping has to act at use; a constant one can stand inside the inverses: half the products a step."""
+    exact = config.damping_method == "eigen" and config.factor_sides == "both"
+    return exact or callable(config.damping)
+
+
+def assignment_of(
+    layers: Sequence[Layer], config: KFACConfig, distribution: DistributionConfig, world_size: int
+) -> Assignment:
+    """Who inverts and who preconditions, at any world size; no communicator is needed."""
+    fractions = {"comm_opt": 1.0, "mem_opt": 1.0 / world_size, "hybrid": distribution.gradient_worker_fraction}
+    workers = nearest_divisor(world_size, fractions[distribution.strategy] or 1.0)
+    costs = [layer_cost(layer) for layer in layers]
+    return assign(costs, world_size, workers, config.inverse_every_n_steps, config.factor_sides)
+
+
+def factor_dtype(layers: Sequence[Layer]) -> torch.dtype:
+    """The type of all factors: at least float32, and float64 where a layer is."""
+    dtype = torch.float32
+    for layer in layers:
+        dtype = torch.promote_types(dtype, statistics_dtype(layer.dtype))
+    return dtype
 
 
 class OneLevel:
@@ -49,9 +73,7 @@ class OneLevel:
         self.config = config
         self.world = world
         self.device = layers[0].device
-        self.dtype = torch.float32
-        for layer in layers:
-            self.dtype = torch.promote_types(self.dtype, statistics_dtype(layer.dtype))
+        self.dtype = factor_dtype(layers)
         self.states = {layer.name: LayerState() for layer in layers}
         self.loss_scale = 1.0
         self.rebuild = False
@@ -74,17 +96,18 @@ class OneLevel:
     def _distribute(self, distribution: DistributionConfig, eigen: bool) -> None:
         """Decide who inverts and who preconditions, and make the communicators of this rank's column and row."""
         config, world = self.config, self.world
-        fractions = {"comm_opt": 1.0, "mem_opt": 1.0 / world.size, "hybrid": distribution.gradient_worker_fraction}
-        workers = nearest_divisor(world.size, fractions[distribution.strategy] or 1.0)
-        costs = [layer_cost(layer) for layer in self.layers]
-        self.assignment = assign(costs, world.size, workers, config.inverse_every_n_steps, config.factor_sides)
+        self.assignment = assignment_of(self.layers, config, distribution, world.size)
         column = world.split(self.assignment.columns)
         row = world.split(self.assignment.rows)
-        # A constant damping can stand inside the inverses: half the products per step. One that changes acts at use.
-        factored = config.damping_method == "factored"
-        eigen = eigen or (not factored and config.factor_sides == "both") or callable(config.damping)
+        self.eigen = eigen or wants_eigenbases(config)
         self._inverses = InverseExchange(
-            self.layers, self.sides, self.assignment, world.rank, column, eigen=eigen, factored=factored
+            self.layers,
+            self.sides,
+            self.assignment,
+            world.rank,
+            column,
+            eigen=self.eigen,
+            factored=config.damping_method == "factored",
         )
         self.exchange = DirectionExchange(self.layers, self.assignment, world.rank, row, self.dtype)
 

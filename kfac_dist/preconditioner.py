@@ -25,6 +25,7 @@ from kfac_dist.one_level import OneLevel
 from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import Samples
+from kfac_dist.summary import Summary, summarise
 from kfac_dist.trust import MAX_REJECTIONS
 from kfac_dist.two_level import TwoLevel
 from kfac_dist.update import Update, plan_update, reduction_ratio
@@ -132,7 +133,7 @@ class KFACPreconditioner:
         self.distribution = DistributionConfig.parse(distribution)
         self.model = unwrap(model)
         found = find_layers(self.model, self.config)
-        self.layers = found.layers
+        self._found, self.layers = found, found.layers
         check_layers(self.model, found)
         space = None if self.coarse is None else coarse_spaces[self.coarse.space](self.coarse)
         if space is not None and space.needs_output_factor and factor_sides == "input":
@@ -417,6 +418,10 @@ class KFACPreconditioner:
             config.uncovered,
             config.factor_sides,
         )
+
+    def summary(self) -> Summary:
+        """Every module's treatment, factors, memory and owner: a table for ``print`` and ``rich.print``."""
+        return summarise(self.model, self._found, self.assignment, self._one.dtype, eigen=self._one.eigen)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size.

@@ -22,6 +22,7 @@ SUBCOMMANDS = {
     "validate": Subcommand(TRAIN, "evaluate on the validation split: --config FILE --ckpt_path FILE"),
     "test": Subcommand(TRAIN, "evaluate on the test split"),
     "predict": Subcommand(TRAIN, "run the model on the prediction split"),
+    "inspect": Subcommand("kfac_dist.launch.inspect", "what K-FAC does with every module of the model: --config FILE"),
     "launch": Subcommand(
         "kfac_dist.launch.launch", "start any of these on several processes: launch torchrun -n 2 -- fit --config FILE"
     ),

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("curvature", "directions", "fisher", "correction"),
     ("one_level", "fine", "rate_free"),
     ("two_level",),
-    ("checkpoint", "update"),
+    ("checkpoint", "update", "summary"),
     ("preconditioner",),
     ("__init__",),
     ("callbacks", "study"),

@@ -23,13 +23,14 @@ class FoundLayers:
 
     Attributes:
         layers: the layers that can be preconditioned, in the order of ``named_modules``.
-        refused: module -> reason, for those that train parameters of their own but keep their plain gradient (skipped
-            ones do not count: the user knows of them).
+        refused: module -> reason, for those that train parameters of their own but keep their plain gradient.
+        skipped: module -> the option that leaves it alone: no news for the user.
         reduced: layer -> what its factors fell back to, because they would be too large.
     """
 
     layers: list[Layer] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
     reduced: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator:
@@ -54,7 +55,10 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
         own = [parameter for parameter in module._parameters.values() if parameter is not None]
         if any(is_uninitialized(parameter) for parameter in own):
             raise ValueError(f"module {name!r} is lazy: run one forward pass before K-FAC is built")
-        if not any(parameter.requires_grad for parameter in own) or options.skips(name, type(module).__name__):
+        if not any(parameter.requires_grad for parameter in own):
+            continue
+        if options.skips(name, type(module).__name__):
+            found.skipped[name] = "skip_layers"
             continue
         if any(owners[id(parameter)] > 1 for parameter in own):
             found.refused[name] = "it shares a parameter with another module"
@@ -77,6 +81,7 @@ def covered_parameters(found: Iterable[Layer]) -> list[nn.Parameter]:
 
 def _take(layer: Layer, options: LayerOptions, found: FoundLayers) -> None:
     if options.skips(layer.name):
+        found.skipped[layer.name] = "skip_layers"
         return
     if layer.joint and options.factor_sides == "input":
         found.refused[layer.name] = "its block needs output gradients, and factor_sides='input' looks at inputs only"
