@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -31,6 +33,19 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "loss_reduction": (("none", "batchmean"), r"is unknown; choose one of 'mean', 'sum', 'mean_all'"),
     "seed": ((-1, 2**63, 1.0, True, None), r"must be an integer in \[0, 2\^63\)"),
     "distribution": (("hybrid", "fsdp"), r"is unknown; choose one of 'comm_opt', 'mem_opt'"),
+    "kfac_approx": (("sum", "Expand", None, 1), r"is unknown; choose one of 'expand', 'reduce'"),
+    "max_factor_dim": ((0, -1, 64.0, True, None, "512"), POSITIVE_INT),
+    "large_factors": (("dense", None), r"is unknown; choose one of 'blocks', 'diagonal'"),
+    "norm_blocks": (("dense", None, 2), r"is unknown; choose one of 'diagonal', 'channel', 'full'"),
+    "uncovered": (("kfac", None, False), r"is unknown; choose one of 'plain', 'diagonal'"),
+    "output_module": (("head",), r"is no module of the model; there are: 0, 1, 2"),
+    "coarse": (("multigrid", ""), r"unknown coarse space .*; known: krylov, layer_step"),
+}
+# Everything else that may be given, and where its bad values are tried.
+ELSEWHERE = {
+    "model": "tests/test_refusals.py",
+    "skip_layers": "test_patterns",
+    "process_group": "tests/comm/test_communicators.py",
 }
 CASES = [(name, value, message) for name, (values, message) in BAD.items() for value in values]
 CASES += [
@@ -42,6 +57,12 @@ CASES += [
     ("distribution", 1.5, r"must be a finite number above 0 and at most 1"),
     ("distribution", NAN, r"must be a finite number above 0 and at most 1"),
 ]
+
+
+def test_every_argument_has_its_bad_values() -> None:
+    arguments = set(inspect.signature(KFACPreconditioner).parameters)
+    assert arguments == set(BAD) | set(ELSEWHERE)
+    assert {field.name for field in fields(KFACConfig)} <= arguments
 
 
 def model() -> nn.Module:
@@ -56,6 +77,13 @@ def test_bad_values(name: str, value: Any, message: str) -> None:
     assert repr(value) in str(error.value)
     assert name in str(error.value)
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_patterns_of_an_approximation() -> None:
+    with pytest.raises(ValueError, match=r"kfac_approx: '\(' is not a regular expression"):
+        KFACPreconditioner(model(), "categorical", kfac_approx={"(": "reduce"})
+    with pytest.raises(ValueError, match=r"kfac_approx\['0'\]='sum' is unknown; choose one of 'expand', 'reduce'"):
+        KFACPreconditioner(model(), "categorical", kfac_approx={"0": "sum"})
 
 
 @pytest.mark.parametrize(
