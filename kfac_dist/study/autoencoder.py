@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from kfac_dist.study.problem import Problem
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 
@@ -42,7 +42,7 @@ def initialise(net: nn.Module, init: str, activation: str) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class Autoencoder(pl.LightningModule):
+class Autoencoder(Problem):
     """Reconstructs images whose pixels lie in [0, 1]; ``forward`` returns LOGITS.
 
     The loss is the binary cross-entropy summed over the pixels and averaged over the images, so that it is the mean
@@ -69,7 +69,7 @@ class Autoencoder(pl.LightningModule):
         lr: float = 3e-3,
         momentum: float = 0.9,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, momentum)
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths={list(widths)} must be two or more positive numbers: pixels, .., code")
         if activation not in ACTIVATIONS:
@@ -78,42 +78,18 @@ class Autoencoder(pl.LightningModule):
             raise ValueError(f"init={init!r} is unknown; choose one of default, xavier, kaiming")
         self.net = autoencoder_layers(tuple(widths), activation)
         initialise(self.net, init, activation)
-        self.lr = lr
-        self.momentum = momentum
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, pixels) of the reconstruction of ``images`` (B, pixels)."""
         return self.net(images)
 
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Loss of one batch, whose first tensor holds the images."""
-        return self._loss(batch[0], "")
-
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Log the held-out loss."""
-        self._loss(batch[0], "val_")
-
-    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        """Log the test loss."""
-        self._loss(batch[0], "test_")
-
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Reconstructed images (B, pixels) in [0, 1]."""
         return self(batch[0]).sigmoid()
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum."""
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
-
-    def _loss(self, images: Tensor, prefix: str) -> Tensor:
+    def loss(self, batch: Sequence[Tensor], prefix: str) -> Tensor:
+        """Loss of one batch, whose first tensor holds the images."""
+        images = batch[0]
         loss = F.binary_cross_entropy_with_logits(self(images), images, reduction="sum") / len(images)
-        self.log(
-            f"{prefix}pixel_loss",
-            loss.detach() / images[0].numel(),
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            sync_dist=True,
-            batch_size=len(images),
-        )
+        self.log_means({"pixel_loss": loss.detach() / images[0].numel()}, prefix, len(images))
         return loss

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -101,9 +102,11 @@ class InMemoryDataModule(pl.LightningDataModule):
         """The held-out split."""
         return self.val_dataloader()
 
-    def _loader(self, dataset: InMemoryDataset | None, shuffle: bool) -> DataLoader:
+    def _loader(
+        self, dataset: InMemoryDataset | None, shuffle: bool, collate: Callable[[Any], Any] = already_collated
+    ) -> DataLoader:
         if dataset is None:
             raise RuntimeError(f"call {type(self).__name__}.setup() before asking for a data loader; a Trainer does")
         # Workers would only copy between processes what a single gather takes from memory.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        return ResumableLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, collate_fn=already_collated)
+        return ResumableLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, collate_fn=collate)
