@@ -36,18 +36,34 @@ def test_every_configuration_is_parsed_and_instantiated(file: Path) -> None:
     assert isinstance(cli.datamodule, LightningDataModule)
     assert any(isinstance(callback, KFAC) for callback in cli.trainer.callbacks) == (file.stem not in WITHOUT_KFAC)
     optimizers = cli.model.configure_optimizers()
-    assert optimizers.param_groups[0]["lr"] == cli.config.optimizer.init_args.lr
+    settings = cli.config.get("optimizer") or cli.config.model  # a problem has an optimizer of its own
+    assert optimizers.param_groups[0]["lr"] == settings.init_args.lr
     assert sum(len(group["params"]) for group in optimizers.param_groups) == len(list(cli.model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["mnist_autoencoder", "digits_cnn"])
-def test_one_batch_of_training(name: str, tmp_path: Path) -> None:
+SMALL_GPT = ("--model.width=16", "--model.depth=1", "--model.heads=2", "--data.batch_size=4")
+SMALL_IMAGES = ("--model.net=cuda_convnet", "--data.dataset=digits", "--data.batch_size=8")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mnist_autoencoder", ()),
+        ("digits_cnn", ()),
+        ("cifar_resnet20", SMALL_IMAGES),
+        ("cifar_resnet20_two_level", SMALL_IMAGES),
+        ("char_gpt", SMALL_GPT),
+        ("char_gpt_two_level", SMALL_GPT),
+    ],
+)
+def test_one_batch_of_training(name: str, options: tuple[str, ...], tmp_path: Path) -> None:
     cli = parse(
         CONFIGS / f"{name}.yaml",
         "--trainer.fast_dev_run=true",
         "--trainer.accelerator=cpu",
         "--trainer.devices=1",
         f"--trainer.default_root_dir={tmp_path}",
+        *options,
     )
     before = [p.detach().clone() for p in cli.model.parameters()]
     cli.trainer.fit(cli.model, cli.datamodule)

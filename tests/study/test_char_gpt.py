@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from kfac_dist.callbacks import KFAC
-from kfac_dist.study import CharGPT, CharText
+from kfac_dist.study import CharGPT, CharText, char_text
 from kfac_dist.study.char_gpt import GPT
 from kfac_dist.study.char_text import OTHER, VOCABULARY, decode, encode, python_topics, windows
 from kfac_dist.study.in_memory import InMemoryDataset, already_collated
@@ -68,6 +68,14 @@ def test_the_splits_are_contiguous_and_do_not_touch() -> None:
     assert border - 101 < train.numel() + 1 <= border
     assert torch.equal(val.flatten(), numbers[border : border + val.numel()])
     assert torch.equal(val_targets.flatten(), numbers[border + 1 : border + val.numel() + 1])
+
+
+def test_no_window_crosses_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(char_text, "python_topics", lambda: "a" * 80 + "b" * 20)
+    (train, train_targets), (val, val_targets) = CharText(length=10, held_out=0.2).load()
+    assert train.shape == (7, 10)  # the last ten characters before the border would have an 11th beyond it
+    assert {decode(t.flatten()) for t in (train, train_targets)} == {"a" * 70}
+    assert {decode(t.flatten()) for t in (val, val_targets)} == {"b" * 10}
 
 
 def test_windows_are_served_in_an_order_that_the_seed_fixes() -> None:
