@@ -30,6 +30,7 @@ REFUSED_STRATEGIES = {
     "SingleDeviceXLAStrategy": "hooks and gradient edges do not reach into XLA's traced graphs",
 }
 SUPPORTED_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+SUPPORTED_PRECISIONS = ("32-true", "64-true", "bf16-true", "16-mixed", "bf16-mixed")
 # They divide every component of the direction by its own running size, whatever K-FAC made of it.
 ADAPTIVE_OPTIMIZERS = ("Adam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "Rprop", "SparseAdam", "Adafactor")
 
@@ -73,12 +74,19 @@ def check_strategy(trainer: pl.Trainer) -> None:
 
 
 def check_precision(trainer: pl.Trainer) -> None:
-    """Raise MisconfigurationException for parameters in float16."""
-    if trainer.precision == "16-true":
-        raise MisconfigurationException(
-            'KFAC does not run with precision="16-true": directions of parameters in float16 overflow and underflow; '
-            'use "16-mixed", "bf16-mixed" or "bf16-true"'
-        )
+    """Raise MisconfigurationException for a precision in which K-FAC's directions cannot be told or held."""
+    precision = trainer.precision
+    if precision in SUPPORTED_PRECISIONS:
+        return
+    reason = "it is not known what it does to layers and gradients"
+    if precision == "16-true":
+        reason = "directions of parameters in float16 overflow and underflow"
+    elif str(precision).startswith("transformer-engine"):
+        reason = "it replaces the layers by some of its own, whose products are in float8"
+    raise MisconfigurationException(
+        f"KFAC does not run with precision={precision!r}: {reason}; use one of "
+        + ", ".join(map(repr, SUPPORTED_PRECISIONS))
+    )
 
 
 def check_launcher(trainer: pl.Trainer, distribution: DistributionConfig) -> None:

@@ -43,7 +43,8 @@ class KFAC(pl.Callback):
     keep their gradients. Callbacks that want raw gradients stand before this one or use ``on_after_backward``. A
     learning rate that the Tuner finds is one for raw gradients: it runs without callbacks. Every ``fit`` starts with
     new curvature unless it resumes from a checkpoint; with ``strategy="ddp_spawn"`` that curvature stays with the
-    workers.
+    workers. The Trainer may be that of ``pytorch_lightning`` or of ``lightning.pytorch`` (whose LightningCLI takes only
+    callbacks of its own package: there build the Trainer in Python).
 
     Args:
         likelihood: what the loss is the negative log-likelihood of: "categorical", "bernoulli" or "gaussian" (the true

@@ -20,13 +20,14 @@ def in_backward() -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel and torch.compile wrappers.
+    """The module inside the wrappers of DistributedDataParallel, torch.compile and Fabric.
 
     The wrappers are known by the names of their classes, so that torch.distributed need not be imported.
     """
     while True:
         names = {cls.__name__ for cls in type(model).__mro__}
-        if "DistributedDataParallel" in names and isinstance(getattr(model, "module", None), nn.Module):
+        holds_module = names & {"DistributedDataParallel", "_FabricModule"}
+        if holds_module and isinstance(getattr(model, "module", None), nn.Module):
             model = model.module  # type: ignore[assignment]
         elif "OptimizedModule" in names and isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]

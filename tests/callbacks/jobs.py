@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -196,3 +197,54 @@ def loss_of_one_element(rank: int, world_size: int) -> tuple[dict[str, Any], dic
             fit(module(), [callback], loader(rank=rank, ranks=world_size), **ddp(world_size))
         layers.append(callback.state_dict()["layers"])
     return layers[0], layers[1]
+
+
+# name -> (options of the module, of DDP): each ends with the weights of one process.
+FITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "static_graph": ({}, {"static_graph": True}),
+    "find_unused": ({"unused": True}, {"find_unused_parameters": True}),
+    "bucket views": ({}, {"gradient_as_bucket_view": True}),
+}
+
+
+def fits(rank: int, world_size: int, callback: dict[str, Any]) -> dict[str, Any]:
+    """Variant -> weights."""
+    results = {}
+    for name, (options, strategy) in FITS.items():
+        model = Classifier(**options)
+        parts = ddp(world_size, **strategy) if world_size > 1 else {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*(find_unused_parameters|keep their plain gradient).*")
+            fit(model, [kfac(**callback)], loader(rank=rank, ranks=world_size), precision="64-true", **parts)
+        results[name] = weights(model)
+    return results
+
+
+class _Keeping(Logger):
+    """Keeps what is logged, on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int | None, dict[str, Any]]] = []
+
+    @property
+    def name(self) -> str:
+        return "keeping"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.lines.append((step, metrics))
+
+
+def logged(rank: int, world_size: int, every: int | None) -> list[tuple[int, float]]:
+    """(step of the logger, K-FAC's own step) of every line that this rank's logger was given."""
+    logger = _Keeping()
+    options = ddp(world_size) | {"logger": logger, "log_every_n_steps": 1}
+    fit(Classifier(), [kfac(log_every_n_steps=every)], loader(rank=rank, ranks=world_size), **options)
+    return [(step, line["kfac/step"]) for step, line in logger.lines if "kfac/step" in line]

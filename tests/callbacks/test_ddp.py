@@ -57,6 +57,21 @@ def test_two_ranks_equal_one_process(ranks, options, distribution):
 
 
 @pytest.mark.parametrize("options", [SAMPLED, EMPIRICAL])
+def test_two_ranks_equal_one_process_in_every_variant_of_ddp(ranks, options):
+    alone = jobs.fits(0, 1, options)
+    for together in run(ranks, 2, jobs.fits, options):
+        torch.testing.assert_close(together, alone, **EXACT)
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_only_rank_0_logs(ranks, every):
+    steps = [(0, 0.0), (1, 1.0), (2, 2.0)]
+    first, second = run(ranks, 2, jobs.logged, every)
+    assert first == steps
+    assert second == ([] if every else steps)  # what goes through the module is Lightning's to keep on rank 0
+
+
+@pytest.mark.parametrize("options", [SAMPLED, EMPIRICAL])
 def test_two_ranks_that_accumulate_equal_one_process_with_the_big_batch(ranks, options):
     alone = jobs.train(0, 1, options, strategy="auto")
     for together in run(ranks, 2, jobs.train, options, batch=BATCH // 2, accumulate_grad_batches=2):

@@ -85,7 +85,7 @@ def test_a_static_graph_with_accumulation_gets_a_hint():
 
 
 def test_half_precision_parameters():
-    with pytest.raises(MisconfigurationException, match=r'16-true.*"16-mixed"'):
+    with pytest.raises(MisconfigurationException, match=r"16-true.*'16-mixed'"):
         fit(Classifier(), [kfac()], precision="16-true")
 
 
