@@ -61,6 +61,10 @@ def load_mpi() -> Any:
     return MPI
 
 
+PLACE_BYTES = 512
+"""Room for a port and a host's name, which has at most 253 characters."""
+
+
 def rendezvous(rank: int, size: int) -> tuple[str, int]:
     """Host and free port of rank 0, known to all: where torch.distributed can meet.
 
@@ -77,12 +81,15 @@ def rendezvous(rank: int, size: int) -> tuple[str, int]:
             f"this is rank {rank} of {size} to the launcher, and rank {world.Get_rank()} of {world.Get_size()} to "
             "mpi4py: start the processes by the mpirun of the MPI library that mpi4py loads"
         )
-    place = None
+    place = bytearray(PLACE_BYTES)  # bytes, where mpi4py would pickle an object
     if rank == 0:
         with socket.socket() as listener:
             listener.bind(("", 0))
-            place = (socket.gethostname(), int(listener.getsockname()[1]))
-    return world.bcast(place, root=0)
+            text = f"{listener.getsockname()[1]} {socket.gethostname()}".encode()
+            place[: len(text)] = text
+    world.Bcast(place, root=0)
+    port, host = place.rstrip(b"\0").decode().split(" ")
+    return host, int(port)
 
 
 class PendingRequests(Generic[T]):
