@@ -128,7 +128,9 @@ class Statistics:
         if layer.joint:  # its one factor is made of inputs and gradients together
             self.rows[layer.name] += batch.valid
             return
-        weights = batch.row_weights(layer, rows)
+        reached, weights = layer.row_weights(x, batch.size), batch.row_weights(layer, rows)
+        if reached is not None:
+            weights = reached if weights is None else reached & weights.bool()
         samples = samples_of(layer, rows, batch)
         moment = layer.input_moment(x, statistics_dtype(layer.dtype), weights, samples)
         _add(self.A, layer.name, moment)

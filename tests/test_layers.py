@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist import KFACPreconditioner
+from kfac_dist.factors import FactorShape
 from kfac_dist.layers import Layer, find_layers, layers
 from tests.helpers.cases import Shared
 from tests.helpers.dense import output_rows, patches
@@ -30,6 +31,18 @@ class Example:
 
 def conv(*shape: int, x: tuple[int, ...] = (3, 4, 5, 6), **options: object) -> Example:
     return Example(lambda: nn.Conv2d(*shape, **options), normal(*x), -3)  # type: ignore[arg-type]
+
+
+def tokens(*shape: int, **options: object) -> Example:
+    indices = torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(4))
+    return Example(lambda: nn.Embedding(6, 3, **options), indices, -1)  # type: ignore[arg-type]
+
+
+def stored(moments: Tensor, shape: FactorShape) -> Tensor:
+    """The blocks that a factor keeps of dense (groups, d, d) matrices, block by block."""
+    padded = nn.functional.pad(moments, (0, shape.size * shape.blocks - shape.dim) * 2)
+    starts = [block * shape.size for block in range(shape.blocks)]
+    return torch.stack([m[s : s + shape.size, s : s + shape.size] for m in padded for s in starts])
 
 
 def frozen_bias(module: nn.Module) -> nn.Module:
@@ -54,6 +67,14 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "expanded": Example(lambda: nn.Linear(3, 2), normal(1, 3).expand(4, 3), -1),
         "frozen bias": Example(lambda: frozen_bias(nn.Linear(3, 2)), normal(5, 3), -1),
         "frozen weight": Example(lambda: frozen_weight(nn.Linear(3, 2)), normal(5, 3), -1),
+    },
+    "embedding": {
+        "1-d": tokens(6),
+        "2-d": tokens(4, 5),
+        "3-d": tokens(2, 3, 4),
+        "padding": tokens(4, 5, padding_idx=2),
+        "padding from the end": tokens(4, 5, padding_idx=-1),
+        "a token that never occurs": Example(lambda: nn.Embedding(6, 3), torch.tensor([[0, 5, 5], [1, 0, 0]]), -1),
     },
     "conv2d": {
         "plain": conv(4, 2, 3),
@@ -123,13 +144,14 @@ def test_moments_are_those_of_the_jacobian(case: tuple[Layer, Example, Tensor]) 
     assert rows.shape[2] == layer.input_dim
     assert layer.rows(g) == rows.shape[1]
     moment = layer.input_moment(example.x, torch.float64)
-    assert torch.allclose(moment, rows.mT @ rows, rtol=0, atol=1e-12)
+    assert torch.allclose(moment, stored(rows.mT @ rows, layer.factors["A"]), rtol=0, atol=1e-12)
     plain = rows[..., :-1] if layer.has_bias else rows
     if layer.has_weight:
         assert torch.allclose(layer.input_rows(example.x), plain, rtol=0, atol=1e-13)  # also in this order
     weights = torch.arange(rows.shape[1]) % 3 > 0
     masked = layer.input_moment(example.x, torch.float64, weights)
-    assert torch.allclose(masked, rows[:, weights].mT @ rows[:, weights], rtol=0, atol=1e-12)
+    wanted = stored(rows[:, weights].mT @ rows[:, weights], layer.factors["A"])
+    assert torch.allclose(masked, wanted, rtol=0, atol=1e-12)
     outputs = g.movedim(example.channels, -1).reshape(-1, layer.groups, layer.output_dim).transpose(0, 1)
     assert torch.equal(layer.output_rows(g), outputs)
     assert torch.allclose(layer.output_moment(g, torch.float64), outputs.mT @ outputs, rtol=0, atol=1e-12)

@@ -33,6 +33,7 @@ KINDS = {
     "cnn-empirical-factored": Run("cnn", "empirical", empty_forward=True),
     "cnn-empirical-eigen": Run("cnn", "empirical", options={"damping_method": "eigen"}),
     "shared-input-side": Run("shared", options={"factor_sides": "input"}),
+    "tokens-true-factored": Run("tokens"),
     "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
     "mlp-empirical-sum": Run("mlp-categorical", "empirical", options={"loss_reduction": "sum", "kl_clip": 0.01}),
     "one-layer": Run("mlp-categorical", options={"skip_layers": ["^0$", "^2$"]}),
@@ -109,7 +110,7 @@ def test_inverses_are_bitwise_equal_on_the_ranks_that_hold_them(
         kind, strategy = key.split("/")
         wanted = {"comm_opt": world_size, "mem_opt": 1, "0.5": 2 if world_size == 4 else 1}[strategy]
         assert {len(values) for values in holders.values()} == {wanted}, key
-        layers = {"mlp": 3, "cnn": 4, "shared": 3, "one": 1}[kind.split("-")[0]]
+        layers = {"mlp": 3, "cnn": 4, "shared": 3, "tokens": 4, "one": 1}[kind.split("-")[0]]
         assert len({name for name, *_ in holders}) == layers
         for values in holders.values():
             assert all(torch.equal(value, values[0]) for value in values)

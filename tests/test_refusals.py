@@ -26,6 +26,11 @@ class ScaledConv(nn.Conv2d):
         return 2 * super()._conv_forward(x, weight, bias)
 
 
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class Subclass(nn.Linear):
     """No forward of its own: as good as a Linear."""
 
@@ -51,7 +56,27 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         {"0.0": "it shares a parameter with another module", "0.2": "it shares a parameter with another module"},
     ),
     "batch norm": (lambda: nn.BatchNorm1d(4), {"0": "no layer type is registered for BatchNorm1d"}),
-    "embedding": (lambda: nn.Embedding(4, 4), {"0": "no layer type is registered for Embedding"}),
+    "own embedding": (
+        lambda: ScaledEmbedding(4, 4),
+        {"0": "ScaledEmbedding is an Embedding with a forward of its own"},
+    ),
+    "sparse embedding": (
+        lambda: nn.Embedding(4, 4, sparse=True),
+        {"0": "its gradient is sparse: build it with sparse=False"},
+    ),
+    "embedding scaled by frequency": (
+        lambda: nn.Embedding(4, 4, scale_grad_by_freq=True),
+        {"0": "scale_grad_by_freq=True makes its gradient none of the loss: build it without"},
+    ),
+    "embedding with a bound": (
+        lambda: nn.Embedding(4, 4, max_norm=1.0),
+        {
+            "0": "max_norm changes its weight in the forward, on every rank for the tokens seen there: build it "
+            "without and clip the rows after the optimizer's step (weight.data.renorm_(2, 0, max_norm))"
+        },
+    ),
+    "only padding": (lambda: nn.Embedding(1, 4, padding_idx=0), {"0": "its only row is that of padding_idx"}),
+    "bag": (lambda: nn.EmbeddingBag(4, 4), {"0": "no layer type is registered for EmbeddingBag"}),
     "transposed": (lambda: nn.ConvTranspose2d(4, 4, 1), {"0": "no layer type is registered for ConvTranspose2d"}),
     "one-dimensional": (lambda: nn.Conv1d(4, 4, 1), {"0": "no layer type is registered for Conv1d"}),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), {"0": "its weight is complex"}),

@@ -65,7 +65,7 @@ class Tselepidis(CoarseSpace):
 def _input_sums(call: KeptCall) -> Tensor:
     """1^T a at every location, with the constant of the bias: (n, *locations)."""
     layer = call.layer
-    ones = torch.ones(layer.groups, 1, layer.input_dim, dtype=call.x.dtype, device=call.x.device)
+    ones = torch.ones(layer.groups, 1, layer.input_dim, dtype=call.gradients[0].dtype, device=call.x.device)
     return _locations(layer, layer.forward_with(call.x, ones))
 
 

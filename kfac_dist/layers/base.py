@@ -101,6 +101,14 @@ class Layer(ABC):
         """
         return watch_calls(self, record)
 
+    def row_weights(self, x: Tensor, samples: int) -> Tensor | None:
+        """Zeros and ones (R,): the rows of a call that reach the parameters; None: all of them.
+
+        Raises:
+            ValueError: the call cannot belong to so many samples.
+        """
+        return None
+
     def weight_to_matrix(self, weight: Tensor) -> Tensor:
         """A tensor shaped like the weight, as (groups, d_out, d_in without bias)."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)

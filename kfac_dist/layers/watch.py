@@ -35,18 +35,23 @@ class Record(Protocol):
         """Take down a call that is wanted: the tensors whose gradients are needed, and what to do with them."""
 
 
-def watch_calls(layer: Layer, record: Record) -> list[RemovableHandle]:
+def watch_calls(
+    layer: Layer, record: Record, part: Callable[[Tensor, Tensor], Part] | None = None
+) -> list[RemovableHandle]:
     """One forward hook, for a layer that is a module of one input and one output.
+
+    ``part`` makes the call's part of the input and the output's gradient; None: of both as they are.
 
     The hook is a plain function, which copy.deepcopy takes over as it is: a copy of the model (weight averaging makes
     one) then calls it with a module of its own, and it ignores that.
     """
+    made = part or (lambda x, g: Part(layer, x, g))
 
     @torch.compiler.disable
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if module is not layer.module or not record.wanted([layer.name]):
             return
         x = (args[0] if args else kwargs["input"]).detach()
-        record([layer.name], [output], lambda gradients: [Part(layer, x, gradients[0])])  # type: ignore[arg-type]
+        record([layer.name], [output], lambda gradients: [made(x, gradients[0])])  # type: ignore[arg-type]
 
     return [layer.module.register_forward_hook(hook, with_kwargs=True)]

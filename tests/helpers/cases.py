@@ -57,6 +57,20 @@ class Sequences(nn.Module):
         return self.last(torch.tanh(self.first(x.mT))).mT
 
 
+class Tokens(nn.Module):
+    """Token and position embeddings, one with padding, summed over the sequence before the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4, padding_idx=2), nn.Embedding(5, 4)
+        self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        h = torch.tanh(self.tokens(x) + self.positions(positions))
+        return self.head(torch.tanh(self.inner(h)).sum(1))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
@@ -92,4 +106,5 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "cnn": Case(cnn, normal(batch, 2, 6, 6), classes(batch), "categorical"),
         "shared": Case(Shared, flat, classes(batch), "categorical"),
         "sequences": Case(Sequences, normal(batch, 4, 6), classes(batch, 6), "categorical"),
+        "tokens": Case(Tokens, torch.randint(0, 7, (batch, 5), generator=generator), classes(batch), "categorical"),
     }

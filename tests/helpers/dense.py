@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kfac_dist.draws import uniforms
 from tests.helpers.cases import Case
 
-TREATED = (nn.Linear, nn.Conv2d)
+TREATED = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
 def treated(model: nn.Module) -> dict[str, nn.Module]:
@@ -23,6 +23,8 @@ def treated(model: nn.Module) -> dict[str, nn.Module]:
 
 def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[W | b] with the bias as the last column, (groups, d_out, d_in)."""
+    if isinstance(module, nn.Embedding):  # a column per token, but for padding
+        return weight[[v for v in range(len(weight)) if v != module.padding_idx]].T[None]
     groups = getattr(module, "groups", 1)
     w = weight.flatten(1)
     matrix = w if bias is None else torch.cat([w, bias[:, None]], dim=1)
@@ -30,11 +32,19 @@ def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gradient_matrix(module: nn.Module) -> Tensor:
-    return theta(module, module.weight.grad, None if module.bias is None else module.bias.grad)
+    return theta(module, module.weight.grad, None if _bias(module) is None else module.bias.grad)
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    return getattr(module, "bias", None)
 
 
 def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """(B, T, groups, d_in with the constant), by slicing out every patch."""
+    """(B, T, groups, d_in with the constant), by slicing out every patch; a token as a one-hot vector."""
+    if isinstance(module, nn.Embedding):
+        one_hot = torch.eye(module.num_embeddings).double()[x.flatten()]
+        rows = theta(module, one_hot.T, None)[0]
+        return rows.view(x.shape[0], -1, 1, rows.shape[1])
     if isinstance(module, nn.Linear):
         rows = x.reshape(x.shape[0], -1, 1, x.shape[-1])
     else:
@@ -55,16 +65,22 @@ def patches(module: nn.Module, x: Tensor) -> Tensor:
                 patch = x[:, :, i * sh : i * sh + dh * (kh - 1) + 1 : dh, j * sw : j * sw + dw * (kw - 1) + 1 : dw]
                 cut.append(patch.reshape(x.shape[0], module.groups, -1))
         rows = torch.stack(cut, dim=1)
-    if module.bias is None:
+    if _bias(module) is None:
         return rows
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
 
 
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
     """(B, T, groups, d_out)."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, (nn.Linear, nn.Embedding)):
         return g.reshape(g.shape[0], -1, 1, g.shape[-1])
     return g.flatten(2).mT.reshape(g.shape[0], -1, module.groups, g.shape[1] // module.groups)
+
+
+def reached(module: nn.Module, x: Tensor) -> Tensor:
+    """(B, T): ones, and zeros where a token is padding."""
+    rows = patches(module, x)[:, :, 0]
+    return rows.sum(-1) if isinstance(module, nn.Embedding) else rows.new_ones(rows.shape[:2])
 
 
 def cotangents(
@@ -136,14 +152,14 @@ def kronecker_factors(
     for number, (cotangent, weight) in enumerate(make_cotangents(logits)):
         gradients = torch.autograd.grad(logits, [out for *_, out in calls], cotangent, retain_graph=True)
         for (name, a, _), g in zip(calls, gradients, strict=True):
-            rows = output_rows(modules[name], g)
+            rows = output_rows(modules[name], g) * reached(modules[name], a)[..., None, None]
             G[name].append(torch.einsum("btgi,btgj->gij", rows, rows) * weight)
             if number == 0:
                 cut = patches(modules[name], a)
                 A[name].append(torch.einsum("btgi,btgj->gij", cut, cut))
     result = {}
     for name, module in modules.items():
-        count = sum(patches(module, a).shape[0] * patches(module, a).shape[1] for n, a, _ in calls if n == name)
+        count = sum(float(reached(module, a).sum()) for n, a, _ in calls if n == name)
         result[name] = (sum(A[name]) / count, sum(G[name]) / count, count / x.shape[0])
     return result
 
