@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_lightning import strategies
 from pytorch_lightning.plugins.precision import MixedPrecision
 from pytorch_lightning.strategies import (
     DDPStrategy,
@@ -54,6 +57,17 @@ def blank(cls) -> object:
 def test_strategies_that_shard_or_trace(strategy, reason):
     with pytest.raises(MisconfigurationException, match=rf'{strategy.__name__}: .*{reason}.*strategy="ddp"'):
         kfac().setup(with_strategy(blank(strategy)), Classifier(), "fit")
+
+
+def test_every_strategy_of_lightning_is_refused_or_single_device_or_ddp():
+    """Whoever comes new is refused until somebody has looked."""
+    accepted = set()
+    concrete = [name for name in strategies.__all__ if not inspect.isabstract(getattr(strategies, name))]
+    for name in concrete:
+        with contextlib.suppress(MisconfigurationException):
+            kfac().setup(with_strategy(blank(getattr(strategies, name))), Classifier(), "fit")
+            accepted.add(name)
+    assert accepted == {"DDPStrategy", "SingleDeviceStrategy"}
 
 
 def test_ddp_subclasses_and_classes_of_the_same_name_are_accepted():
