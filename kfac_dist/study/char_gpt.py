@@ -113,7 +113,9 @@ class GPT(nn.Module):
                 f"sequences of {length} symbols, and the model has {self.positions.num_embeddings} positions: give "
                 "both the same length"
             )
-        x = self.tokens(symbols) + self.positions(torch.arange(length, device=symbols.device))
+        # Every sample has positions of its own: K-FAC tells the samples' gradients apart.
+        positions = torch.arange(length, device=symbols.device).expand(len(symbols), -1)
+        x = self.tokens(symbols) + self.positions(positions)
         return self.output(self.norm(self.blocks(self.drop(x))))
 
 
