@@ -21,7 +21,7 @@ SLURM_FOLDER ?= /tmp/kfac-dist-slurm
 # Changes with the requirements and with the place of this clone, to which the installation points.
 STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo race test test-slurm lint format
+.PHONY: install demo race soak test test-slurm lint format
 
 install: $(STAMP)
 
@@ -30,6 +30,9 @@ demo: $(STAMP)
 
 race: $(STAMP)
 	$(RUN) -m benchmarks.race $(ARGS)
+
+soak: $(STAMP)
+	$(RUN) -m benchmarks.soak $(ARGS)
 
 test: $(STAMP)
 	@command -v shellcheck >/dev/null || { $(APT) update && $(APT) install -y shellcheck >/dev/null; } || \
