@@ -145,8 +145,8 @@ def table(rows: Sequence[Row], command: str, steps: int, seconds: float, metrics
     lines = [
         "# Soak\n",
         f"`{command}` on {machine}, {versions}; {seconds / 60:.0f} minutes. Two gloo ranks, a convolution and two "
-        f"linear layers, factors every {CURVATURE} steps, inverses every {INVERSION}, an adaptive coarse level in every "
-        f'step, "mem_opt". Values are those of rank 0; rank 1. Within {steps} steps there were '
+        f"linear layers, factors every {CURVATURE} steps, inverses every {INVERSION}, an adaptive coarse level, "
+        f'"mem_opt". Values are those of rank 0; rank 1. Within {steps} steps there were '
         f"{metrics['factor_updates']:.0f} factor updates and {metrics['inverse_updates']:.0f} inversions; "
         f"{metrics['coarse/failures']:.0f} coarse solves failed.\n",
         "| what | found | wanted | |",

@@ -435,8 +435,9 @@ class KFACPreconditioner:
 
         With one level the run goes on bit by bit as it would have without the interruption, at any step and on as many
         ranks. A coarse level's samples are not saved: there it does so from a step with a factor update, and at any
-        other step the next one captures samples of its own batch. Checks and warnings that are made once are made
-        again; settings other than the saved ones count from now on, and one warning names them.
+        other step the next one captures samples of its own batch. An inverse that stood in for a failed factorisation
+        is not saved either. Checks and warnings that are made once are made again; settings other than the saved ones
+        count from now on, and one warning names them.
 
         Raises:
             ValueError: another version, other layers or other shapes, or a damaged part; nothing is taken over then.

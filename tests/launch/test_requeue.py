@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments import MPIEnvironment
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from kfac_dist.callbacks import KFAC
 from kfac_dist.launch.requeue import RequeueOnSignal, next_checkpoint
@@ -57,7 +58,6 @@ def train(folder: Path, *callbacks: pl.Callback, **options: object) -> Classifie
         accelerator="cpu",
         max_epochs=2,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -67,7 +67,7 @@ def train(folder: Path, *callbacks: pl.Callback, **options: object) -> Classifie
             KFAC(likelihood="categorical", factor_every_n_steps=1, inverse_every_n_steps=1, sample_ids_key=2),
             *callbacks,
         ],
-        **{"devices": 1, **options},
+        **{"devices": 1, "enable_checkpointing": False, **options},
     )
     model = Classifier()
     trainer.fit(model, datamodule=Batches())
@@ -111,6 +111,26 @@ class _SignalInWindow(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: object, index: int) -> None:
         if trainer.global_step == 0 and index == 0:
             os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class _SignalWithinSave(pl.Callback):
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_within_a_save_waits_for_its_end(job):
+    whole = train(job / "whole").state_dict()
+    every = ModelCheckpoint(job / "every", "{step}", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(SystemExit):
+        train(job / "run", _SignalWithinSave(), every, RequeueOnSignal(), enable_checkpointing=True)
+    saved = {path.name for path in (job / "every").iterdir()}
+    assert {"step=1.ckpt", "step=2.ckpt"} <= saved <= {"step=1.ckpt", "step=2.ckpt", "step=3.ckpt"}
+    for path in (*(job / "every").iterdir(), job / "run" / "hpc_ckpt_1.ckpt"):
+        state = torch.load(path, weights_only=True)
+        assert state["callbacks"]["KFAC"]["step"] == state["global_step"]
+    resumed = train(job / "run", RequeueOnSignal()).state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
 def test_a_job_that_slurm_does_not_requeue_goes_on(job):
