@@ -123,7 +123,7 @@ def test_several_draws_per_sample(name: str, draws: int | str) -> None:
         check(Setup(space=space, draws=draws, max_samples=9), name, steps=3)
 
 
-@pytest.mark.parametrize("name", ["mlp-gaussian", "cnn", "shared", "sequences"])
+@pytest.mark.parametrize("name", ["mlp-gaussian", "cnn", "convolutions", "shared", "sequences"])
 def test_empirical_fisher(name: str) -> None:
     for space in ("layer_step_momentum", "nicolaides"):
         check(Setup(space=space, fisher="empirical"), name, steps=3)

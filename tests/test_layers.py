@@ -29,8 +29,15 @@ class Example:
     channels: int
 
 
-def conv(*shape: int, x: tuple[int, ...] = (3, 4, 5, 6), **options: object) -> Example:
-    return Example(lambda: nn.Conv2d(*shape, **options), normal(*x), -3)  # type: ignore[arg-type]
+def conv(kind: type[nn.Module], *shape: object, x: tuple[int, ...] = (3, 4, 5, 6), **options: object) -> Example:
+    return Example(lambda: kind(*shape, **options), normal(*x), -1 - len(kind(*shape).kernel_size))
+
+
+def channels_last(kind: type[nn.Module], x: tuple[int, ...], layout: torch.memory_format) -> Example:
+    def build() -> nn.Module:
+        return kind(4, 2, 2, stride=2).to(memory_format=layout)
+
+    return Example(build, normal(*x).to(memory_format=layout), 1 - len(x))
 
 
 def tokens(*shape: int, **options: object) -> Example:
@@ -76,31 +83,87 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         "padding from the end": tokens(4, 5, padding_idx=-1),
         "a token that never occurs": Example(lambda: nn.Embedding(6, 3), torch.tensor([[0, 5, 5], [1, 0, 0]]), -1),
     },
-    "conv2d": {
-        "plain": conv(4, 2, 3),
-        "no bias": conv(4, 2, (2, 3), bias=False),
-        "stride": conv(4, 2, 3, stride=(2, 1), padding=(1, 2)),
-        "dilation": conv(4, 2, (2, 3), dilation=(2, 1), padding=1),
-        "stride and dilation": conv(4, 2, 2, stride=2, dilation=(3, 2), padding=(2, 1)),
-        "groups": conv(4, 6, 3, groups=2, padding=1),
-        "depthwise": conv(4, 4, 3, groups=4, stride=2),
-        "groups and dilation": conv(4, 4, 2, groups=2, dilation=2, bias=False),
-        "same": conv(4, 2, (4, 3), padding="same", dilation=(1, 2)),
-        "valid": conv(4, 2, 3, padding="valid"),
-        "same, reflected": conv(4, 2, (2, 3), padding="same", padding_mode="reflect"),
-        "reflect": conv(4, 2, 3, padding=(1, 2), padding_mode="reflect"),
-        "replicate": conv(4, 2, 3, padding=(2, 1), padding_mode="replicate", groups=2),
-        "circular": conv(4, 2, 3, padding=(2, 1), padding_mode="circular", stride=2),
-        "one by one": conv(4, 2, 1),
-        "unbatched": conv(4, 2, 3, x=(4, 5, 6), padding=1),
-        "unbatched, groups": conv(4, 6, 3, x=(4, 5, 6), groups=2, padding_mode="circular", padding=1),
+    "conv": {
+        "plain": conv(nn.Conv2d, 4, 2, 3),
+        "no bias": conv(nn.Conv2d, 4, 2, (2, 3), bias=False),
+        "stride": conv(nn.Conv2d, 4, 2, 3, stride=(2, 1), padding=(1, 2)),
+        "dilation": conv(nn.Conv2d, 4, 2, (2, 3), dilation=(2, 1), padding=1),
+        "stride and dilation": conv(nn.Conv2d, 4, 2, 2, stride=2, dilation=(3, 2), padding=(2, 1)),
+        "groups": conv(nn.Conv2d, 4, 6, 3, groups=2, padding=1),
+        "depthwise": conv(nn.Conv2d, 4, 4, 3, groups=4, stride=2),
+        "groups and dilation": conv(nn.Conv2d, 4, 4, 2, groups=2, dilation=2, bias=False),
+        "same": conv(nn.Conv2d, 4, 2, (4, 3), padding="same", dilation=(1, 2)),
+        "valid": conv(nn.Conv2d, 4, 2, 3, padding="valid"),
+        "same, reflected": conv(nn.Conv2d, 4, 2, (2, 3), padding="same", padding_mode="reflect"),
+        "reflect": conv(nn.Conv2d, 4, 2, 3, padding=(1, 2), padding_mode="reflect"),
+        "replicate": conv(nn.Conv2d, 4, 2, 3, padding=(2, 1), padding_mode="replicate", groups=2),
+        "circular": conv(nn.Conv2d, 4, 2, 3, padding=(2, 1), padding_mode="circular", stride=2),
+        "one by one": conv(nn.Conv2d, 4, 2, 1),
+        "unbatched": conv(nn.Conv2d, 4, 2, 3, x=(4, 5, 6), padding=1),
+        "unbatched, groups": conv(nn.Conv2d, 4, 6, 3, x=(4, 5, 6), groups=2, padding_mode="circular", padding=1),
         "frozen bias": Example(lambda: frozen_bias(nn.Conv2d(4, 2, 3)), normal(3, 4, 5, 6), -3),
         "frozen weight": Example(lambda: frozen_weight(nn.Conv2d(4, 2, 3, groups=2)), normal(3, 4, 5, 6), -3),
-        "channels last": Example(
-            lambda: nn.Conv2d(4, 2, 3).to(memory_format=torch.channels_last),
-            normal(3, 4, 5, 6).to(memory_format=torch.channels_last),
-            -3,
+        "channels last": channels_last(nn.Conv2d, (3, 4, 5, 6), torch.channels_last),
+        "1-d": conv(nn.Conv1d, 4, 2, 3, x=(3, 4, 6), padding=1),
+        "1-d, stride and dilation": conv(nn.Conv1d, 4, 2, 2, x=(3, 4, 9), stride=2, dilation=3, padding=2),
+        "1-d, groups": conv(nn.Conv1d, 4, 6, 2, x=(3, 4, 5), groups=2, bias=False),
+        "1-d, depthwise, same, circular": conv(
+            nn.Conv1d, 4, 8, 4, x=(3, 4, 6), groups=4, padding="same", padding_mode="circular"
         ),
+        "1-d, reflect": conv(nn.Conv1d, 4, 2, 3, x=(3, 4, 5), padding=2, padding_mode="reflect", stride=2),
+        "1-d, unbatched": conv(nn.Conv1d, 4, 2, 3, x=(4, 6), padding=1),
+        "1-d, frozen weight": Example(lambda: frozen_weight(nn.Conv1d(4, 2, 3)), normal(3, 4, 5), -2),
+        "3-d": conv(nn.Conv3d, 2, 3, (1, 2, 3), x=(2, 2, 3, 3, 4), padding=(0, 1, 1)),
+        "3-d, stride and dilation": conv(
+            nn.Conv3d, 2, 3, 2, x=(2, 2, 3, 4, 5), stride=(1, 2, 1), dilation=(1, 2, 3), bias=False
+        ),
+        "3-d, groups, same": conv(nn.Conv3d, 4, 4, (2, 1, 2), x=(2, 4, 2, 3, 2), groups=2, padding="same"),
+        "3-d, depthwise": conv(nn.Conv3d, 4, 4, 2, x=(2, 4, 3, 2, 3), groups=4),
+        "3-d, valid": conv(nn.Conv3d, 2, 3, 2, x=(2, 2, 3, 3, 2), padding="valid"),
+        "3-d, reflect": conv(nn.Conv3d, 2, 3, 3, x=(2, 2, 2, 3, 2), padding=1, padding_mode="reflect"),
+        "3-d, replicate": conv(nn.Conv3d, 2, 3, 2, x=(2, 2, 2, 3, 2), padding=1, padding_mode="replicate"),
+        "3-d, circular": conv(
+            nn.Conv3d, 2, 3, 3, x=(2, 2, 3, 3, 3), padding=(2, 1, 0), padding_mode="circular", stride=2
+        ),
+        "3-d, unbatched": conv(nn.Conv3d, 2, 3, 2, x=(2, 3, 3, 2)),
+        "3-d, frozen bias": Example(lambda: frozen_bias(nn.Conv3d(2, 3, 2)), normal(2, 2, 2, 3, 3), -4),
+        "3-d, channels last": channels_last(nn.Conv3d, (2, 4, 3, 5, 4), torch.channels_last_3d),
+    },
+    "conv_transpose": {
+        "plain": conv(nn.ConvTranspose2d, 4, 2, 3, x=(2, 4, 2, 3)),
+        "stride": conv(nn.ConvTranspose2d, 4, 2, (3, 2), x=(2, 4, 2, 3), stride=(2, 3), padding=(1, 0)),
+        "output padding": conv(
+            nn.ConvTranspose2d, 4, 2, 3, x=(2, 4, 2, 3), stride=(2, 3), padding=1, output_padding=(1, 2)
+        ),
+        "more output padding than stride": conv(
+            nn.ConvTranspose2d, 4, 2, 2, x=(2, 4, 2, 3), dilation=3, output_padding=(2, 1), padding=(2, 1)
+        ),
+        "stride and dilation": conv(nn.ConvTranspose2d, 4, 2, 2, x=(2, 4, 2, 2), stride=2, dilation=(3, 2), padding=2),
+        "padding cuts into the input": conv(nn.ConvTranspose2d, 4, 2, 2, x=(2, 4, 4, 5), padding=(2, 1)),
+        "groups": conv(nn.ConvTranspose2d, 4, 6, 2, x=(2, 4, 2, 3), groups=2, stride=2),
+        "depthwise": conv(nn.ConvTranspose2d, 4, 4, 2, x=(2, 4, 2, 2), groups=4, bias=False, padding=1),
+        "one by one": conv(nn.ConvTranspose2d, 4, 2, 1, x=(2, 4, 2, 3)),
+        "unbatched": conv(nn.ConvTranspose2d, 4, 2, 3, x=(4, 2, 3), stride=2),
+        "frozen bias": Example(lambda: frozen_bias(nn.ConvTranspose2d(4, 2, 2)), normal(2, 4, 2, 3), -3),
+        "frozen weight": Example(
+            lambda: frozen_weight(nn.ConvTranspose2d(4, 2, 2, groups=2, stride=2)), normal(2, 4, 2, 3), -3
+        ),
+        "channels last": channels_last(nn.ConvTranspose2d, (2, 4, 2, 3), torch.channels_last),
+        "1-d": conv(nn.ConvTranspose1d, 4, 2, 3, x=(2, 4, 4), stride=2, padding=1, output_padding=1),
+        "1-d, groups and dilation": conv(nn.ConvTranspose1d, 4, 6, 2, x=(2, 4, 3), groups=2, dilation=2, stride=3),
+        "1-d, unbatched": conv(nn.ConvTranspose1d, 4, 2, 3, x=(4, 3), bias=False),
+        "3-d": conv(
+            nn.ConvTranspose3d,
+            2,
+            3,
+            (1, 2, 3),
+            x=(2, 2, 2, 2, 2),
+            stride=(2, 1, 2),
+            padding=(0, 0, 2),
+            output_padding=(1, 0, 1),
+        ),
+        "3-d, groups": conv(nn.ConvTranspose3d, 4, 4, 2, x=(1, 4, 2, 2, 2), groups=2, dilation=(1, 2, 1), padding=1),
+        "3-d, channels last": channels_last(nn.ConvTranspose3d, (1, 4, 2, 2, 2), torch.channels_last_3d),
     },
 }
 CASES = [(family, name) for family, examples in EXAMPLES.items() for name in examples]
@@ -121,6 +184,8 @@ def case(request: pytest.FixtureRequest) -> tuple[Layer, Example, Tensor]:
     assert type(layer) is layers[family]
     out = module(example.x)
     g = normal(*out.shape, seed=3)
+    if "channels last" in name:
+        return layer, example, g.movedim(example.channels, -1).contiguous().movedim(-1, example.channels)
     return layer, example, g.mT.contiguous().mT if g.dim() > 1 else g
 
 
@@ -204,12 +269,18 @@ def test_matrix_round_trip_and_gradients(case: tuple[Layer, Example, Tensor]) ->
     assert not torch.equal(kept, theta)  # what was read before stays what it was
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, e in EXAMPLES["conv2d"].items() if n != "valid" and "frozen" not in n and e.x.dim() == 4]
-)
-def test_patches_cut_out_one_by_one(name: str) -> None:
-    """A second reference, by slicing: (B, T, groups, d_in), samples outermost."""
-    example = EXAMPLES["conv2d"][name]
+BY_HAND = [
+    (family, name)
+    for family in ("conv", "conv_transpose")
+    for name in EXAMPLES[family]
+    if "valid" not in name and "frozen" not in name and "unbatched" not in name
+]
+
+
+@pytest.mark.parametrize(("family", "name"), BY_HAND)
+def test_patches_cut_out_one_by_one(family: str, name: str) -> None:
+    """A second reference, entry by entry: (B, T, groups, d_in), samples outermost."""
+    example = EXAMPLES[family][name]
     module = example.build().double()
     (layer,), _ = find_layers(module)
     wanted = patches(module, example.x)

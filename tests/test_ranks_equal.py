@@ -32,6 +32,9 @@ KINDS = {
     "cnn-true-eigen": Run("cnn", options={"damping_method": "eigen", "fisher_samples": "exact"}),
     "cnn-empirical-factored": Run("cnn", "empirical", empty_forward=True),
     "cnn-empirical-eigen": Run("cnn", "empirical", options={"damping_method": "eigen"}),
+    "convolutions-true": Run("convolutions", options={"damping_method": "eigen"}),
+    "convolutions-empirical-reduce": Run("convolutions", "empirical", options={"kfac_approx": "reduce"}),
+    "sequences-reduce": Run("sequences", options={"kfac_approx": "reduce", "damping_method": "eigen"}),
     "shared-input-side": Run("shared", options={"factor_sides": "input"}),
     "tokens-true-factored": Run("tokens"),
     "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
@@ -110,8 +113,8 @@ def test_inverses_are_bitwise_equal_on_the_ranks_that_hold_them(
         kind, strategy = key.split("/")
         wanted = {"comm_opt": world_size, "mem_opt": 1, "0.5": 2 if world_size == 4 else 1}[strategy]
         assert {len(values) for values in holders.values()} == {wanted}, key
-        layers = {"mlp": 3, "cnn": 4, "shared": 3, "tokens": 4, "one": 1}[kind.split("-")[0]]
-        assert len({name for name, *_ in holders}) == layers
+        counts = {"mlp": 3, "cnn": 4, "convolutions": 5, "sequences": 2, "shared": 3, "tokens": 4, "one": 1}
+        assert len({name for name, *_ in holders}) == counts[kind.split("-")[0]]
         for values in holders.values():
             assert all(torch.equal(value, values[0]) for value in values)
 

@@ -31,6 +31,11 @@ class ScaledEmbedding(nn.Embedding):
         return 2 * super().forward(x)
 
 
+class ScaledTransposed(nn.ConvTranspose1d):
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return 2 * super().forward(x, output_size)
+
+
 class Subclass(nn.Linear):
     """No forward of its own: as good as a Linear."""
 
@@ -77,8 +82,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     ),
     "only padding": (lambda: nn.Embedding(1, 4, padding_idx=0), {"0": "its only row is that of padding_idx"}),
     "bag": (lambda: nn.EmbeddingBag(4, 4), {"0": "no layer type is registered for EmbeddingBag"}),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 1), {"0": "no layer type is registered for ConvTranspose2d"}),
-    "one-dimensional": (lambda: nn.Conv1d(4, 4, 1), {"0": "no layer type is registered for Conv1d"}),
+    "own transposed convolution": (
+        lambda: ScaledTransposed(4, 4, 1),
+        {"0": "ScaledTransposed is a ConvTranspose1d with a forward of its own"},
+    ),
+    "complex convolution": (lambda: nn.Conv3d(2, 2, 1, dtype=torch.complex64), {"0": "its weight is complex"}),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), {"0": "its weight is complex"}),
 }
 

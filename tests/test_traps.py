@@ -131,7 +131,7 @@ def frames() -> Case:
 
 
 @pytest.mark.parametrize("draws", [1, 2, "exact"])
-@pytest.mark.parametrize("name", ["cnn", "shared", "sequences", "frames"])
+@pytest.mark.parametrize("name", ["cnn", "convolutions", "shared", "sequences", "frames"])
 def test_trap_4_samples_and_locations_keep_their_order(name: str, draws: int | str, probe: type[Probe]) -> None:
     """In U^T v and in F v, where a sample has many locations (repeat is not repeat_interleave)."""
     case, setup = frames() if name == "frames" else ALL[name], Setup(space="probe", draws=draws)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac_dist.config import CORRECTIONS
@@ -30,8 +33,27 @@ def unlike() -> nn.Module:
     return model
 
 
-def conv_case() -> Case:
+def volumes() -> nn.Module:
+    """8 locations in three dimensions, 2 in three, 3 in one, and 1."""
+    model = nn.Sequential(
+        nn.Conv3d(2, 3, 2, padding=(0, 1, 1), stride=(1, 2, 2)),
+        nn.Tanh(),
+        nn.Conv3d(3, 2, (1, 2, 2), bias=False),
+        nn.Flatten(2),
+        nn.ConvTranspose1d(2, 2, 2),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+    for p in model.parameters():
+        p.data.abs_()
+    return model
+
+
+def conv_case(name: str = "unlike") -> Case:
     made = cases()
+    if name == "volumes":
+        x = made["cnn"].x.unflatten(3, (3, 2))[:, :, :3]
+        return Case(volumes, x, made["mlp-gaussian"].y, "gaussian")
     return Case(unlike, made["cnn"].x, made["mlp-gaussian"].y, "gaussian")
 
 
@@ -43,7 +65,7 @@ def maps_of(state: Dense) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     for name, module in treated(state.model).items():
 
         def keep(m: nn.Module, args: tuple, out: Tensor, name: str = name) -> Tensor:
-            shape = out.shape[2:] if out.dim() == 4 else (1, 1)
+            shape = out.shape[2:] if out.dim() > 2 else (1,)
             inputs[name] = patches(m, args[0].detach())[:, :, 0].mT.unflatten(2, shape)
             outputs[name] = out
             return out.clone()
@@ -62,8 +84,11 @@ def maps_of(state: Dense) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
 
 def covariance(one: Tensor, other: Tensor) -> tuple[Tensor, int]:
     """Mean of products over samples and the T locations of the coarser map, the finer one averaged down; and T."""
-    size = min(one.shape[2:], other.shape[2:])
-    one, other = (nn.functional.adaptive_avg_pool2d(z, size).flatten(2) for z in (one, other))
+    size = min(one.shape[2:], other.shape[2:], key=math.prod)
+    pooling = [F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d]
+    if one.dim() != other.dim():
+        one, other, size = one.flatten(2), other.flatten(2), (math.prod(size),)
+    one, other = (pooling[len(size) - 1](z, size).flatten(2) for z in (one, other))
     return torch.einsum("bit,bjt->ij", one, other) / (len(one) * one.shape[2]), one.shape[2]
 
 
@@ -81,9 +106,10 @@ def dense_operator(state: Dense) -> Tensor:
 
 @pytest.mark.parametrize("draws", [1, 2, "exact"])
 @pytest.mark.parametrize("correction", CORRECTIONS)
-def test_trap_10_cross_covariances_are_means_over_locations_too(correction: str, draws: int | str) -> None:
+@pytest.mark.parametrize("name", ["unlike", "volumes"])
+def test_trap_10_cross_covariances_are_means_over_locations_too(name: str, correction: str, draws: int | str) -> None:
     """Off the diagonal as on it, whatever the two layers' numbers of locations are."""
-    case, setup = conv_case(), Setup(space="tselepidis", draws=draws, correction=correction)
+    case, setup = conv_case(name), Setup(space="tselepidis", draws=draws, correction=correction)
     state = dense_state(case, setup)
     E = dense_operator(state)
     for i, name in enumerate(state.names):  # on the diagonal it is K-FAC's own block

@@ -12,7 +12,7 @@ The operator is an approximation and may be indefinite; it is here for compariso
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,13 @@ from torch import Tensor
 from kfac_dist.coarse.base import CoarseSpace, FineLevel, RankOne, Vector, coarse_spaces, constant_vector
 from kfac_dist.layers import Layer
 from kfac_dist.samples import KeptCall, Samples
+
+POOLING: dict[int, Callable[..., Tensor]] = {
+    1: F.adaptive_avg_pool1d,
+    2: F.adaptive_avg_pool2d,
+    3: F.adaptive_avg_pool3d,
+}
+"""By the number of dimensions of a map; maps of unlike numbers are flattened first."""
 
 
 @coarse_spaces.register("tselepidis")
@@ -82,8 +89,8 @@ def _locations(layer: Layer, values: Tensor) -> Tensor:
 
 
 def _maps(calls: Sequence[Tensor], size: int) -> Tensor:
-    """One map per sample, (n, H, W) or (n, T): several calls of a layer follow each other as further locations."""
-    if len(calls) == 1 and calls[0].dim() == 3:
+    """One map per sample, (n, *size) or (n, T): several calls of a layer follow each other as further locations."""
+    if len(calls) == 1 and calls[0].dim() - 1 in POOLING and len(calls[0]) == size:
         return calls[0]
     return torch.cat([call.reshape(size, -1) for call in calls], dim=1)
 
@@ -92,8 +99,8 @@ def _resized(values: Tensor, like: Tensor) -> Tensor:
     """The map averaged down to the locations of ``like``: (n, T)."""
     if values.shape == like.shape:
         return values.flatten(1)
-    if values.dim() == 3 and like.dim() == 3:
-        return F.adaptive_avg_pool2d(values, (like.shape[1], like.shape[2])).flatten(1)
+    if values.dim() == like.dim():
+        return POOLING[values.dim() - 1](values, like.shape[1:]).flatten(1)
     return F.adaptive_avg_pool1d(values.flatten(1)[:, None], like[0].numel())[:, 0]
 
 

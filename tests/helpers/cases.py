@@ -71,6 +71,24 @@ class Tokens(nn.Module):
         return self.head(torch.tanh(self.inner(h)).sum(1))
 
 
+class Convolutions(nn.Module):
+    """Three dimensions, two transposed, one transposed with an output_size of the call, one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume = nn.Conv3d(2, 2, 2, stride=(2, 1, 1), padding=1, padding_mode="replicate")
+        self.wider = nn.ConvTranspose2d(4, 2, (2, 1), stride=(1, 2), bias=False)
+        self.longer = nn.ConvTranspose1d(2, 2, 3, stride=2, padding=1, groups=2)
+        self.line = nn.Conv1d(2, 4, 3, stride=6, dilation=2, groups=2)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.volume(x)).flatten(1, 2)
+        h = torch.tanh(self.wider(h)).flatten(2)
+        h = torch.tanh(self.longer(h, output_size=[2 * h.shape[2]]))
+        return self.head(torch.tanh(self.line(h)).flatten(1))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
@@ -107,4 +125,5 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "shared": Case(Shared, flat, classes(batch), "categorical"),
         "sequences": Case(Sequences, normal(batch, 4, 6), classes(batch, 6), "categorical"),
         "tokens": Case(Tokens, torch.randint(0, 7, (batch, 5), generator=generator), classes(batch), "categorical"),
+        "convolutions": Case(Convolutions, normal(batch, 2, 2, 1, 2), classes(batch), "categorical"),
     }

@@ -6,7 +6,8 @@ The package is used for one thing only: the uniform numbers behind sampled targe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from kfac_dist.draws import uniforms
 from tests.helpers.cases import Case
 
-TREATED = (nn.Linear, nn.Conv2d, nn.Embedding)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
 
 
 def treated(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,6 +29,8 @@ def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(module, nn.Embedding):  # a column per token, but for padding
         return weight[[v for v in range(len(weight)) if v != module.padding_idx]].T[None]
     groups = getattr(module, "groups", 1)
+    if isinstance(module, TRANSPOSED):  # (groups C_in, C_out, ..) to (groups C_out, C_in, ..)
+        weight = torch.cat([part.transpose(0, 1) for part in weight.chunk(groups)])
     w = weight.flatten(1)
     matrix = w if bias is None else torch.cat([w, bias[:, None]], dim=1)
     return matrix.reshape(groups, -1, matrix.shape[1])
@@ -39,35 +44,57 @@ def _bias(module: nn.Module) -> Tensor | None:
     return getattr(module, "bias", None)
 
 
-def patches(module: nn.Module, x: Tensor) -> Tensor:
-    """(B, T, groups, d_in with the constant), by slicing out every patch; a token as a one-hot vector."""
+def patches(module: nn.Module, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    """(B, T, groups, d_in with the constant), entry by entry; a token as a one-hot vector.
+
+    ``size`` is that of a transposed convolution's output, where a call asked for it.
+    """
     if isinstance(module, nn.Embedding):
         one_hot = torch.eye(module.num_embeddings).double()[x.flatten()]
         rows = theta(module, one_hot.T, None)[0]
         return rows.view(x.shape[0], -1, 1, rows.shape[1])
     if isinstance(module, nn.Linear):
         rows = x.reshape(x.shape[0], -1, 1, x.shape[-1])
+    elif isinstance(module, TRANSPOSED):
+        each = zip(x.shape[2:], module.stride, module.padding, module.dilation, module.kernel_size, strict=True)
+        fitting = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in each]
+        rows = _scattered(module, x, size or [a + b for a, b in zip(fitting, module.output_padding, strict=True)])
     else:
-        (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-        if module.padding == "same":
-            th, tw = dh * (kh - 1), dw * (kw - 1)
-            sides = (tw // 2, tw - tw // 2, th // 2, th - th // 2)
-        else:
-            ph, pw = module.padding
-            sides = (pw, pw, ph, ph)
-        mode = {"zeros": "constant"}.get(module.padding_mode, module.padding_mode)
-        x = nn.functional.pad(x, sides, mode=mode)
-        height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
-        width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-        cut = []
-        for i in range(height):
-            for j in range(width):
-                patch = x[:, :, i * sh : i * sh + dh * (kh - 1) + 1 : dh, j * sw : j * sw + dw * (kw - 1) + 1 : dw]
-                cut.append(patch.reshape(x.shape[0], module.groups, -1))
-        rows = torch.stack(cut, dim=1)
+        rows = _cut_out(module, x)
     if _bias(module) is None:
         return rows
     return torch.cat([rows, rows.new_ones(*rows.shape[:-1], 1)], dim=-1)
+
+
+def _cut_out(module: nn.Module, x: Tensor) -> Tensor:
+    reach = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    sides: list[int] = []
+    for axis, total in enumerate(reach):
+        if module.padding == "same":
+            sides = [total // 2, total - total // 2, *sides]
+        else:
+            sides = [module.padding[axis], module.padding[axis], *sides]
+    x = nn.functional.pad(x, sides, mode={"zeros": "constant"}.get(module.padding_mode, module.padding_mode))
+    counts = [(n - r - 1) // s + 1 for n, r, s in zip(x.shape[2:], reach, module.stride, strict=True)]
+    cut = []
+    for place in product(*map(range, counts)):
+        starts = [i * s for i, s in zip(place, module.stride, strict=True)]
+        window = [slice(b, b + r + 1, d) for b, r, d in zip(starts, reach, module.dilation, strict=True)]
+        cut.append(x[(slice(None), slice(None), *window)].reshape(x.shape[0], module.groups, -1))
+    return torch.stack(cut, dim=1)
+
+
+def _scattered(module: nn.Module, x: Tensor, size: Sequence[int]) -> Tensor:
+    """Entry i of the input meets entry k of the kernel in entry i stride - padding + k dilation of the output."""
+    kernel = module.kernel_size
+    rows = x.new_zeros(x.shape[0], *size, x.shape[1], *kernel)
+    for place in product(*map(range, x.shape[2:])):
+        for tap in product(*map(range, kernel)):
+            each = zip(place, tap, module.stride, module.padding, module.dilation, strict=True)
+            out = [i * s - p + k * d for i, k, s, p, d in each]
+            if all(0 <= o < n for o, n in zip(out, size, strict=True)):
+                rows[(slice(None), *out, slice(None), *tap)] = x[(slice(None), slice(None), *place)]
+    return rows.reshape(x.shape[0], math.prod(size), module.groups, -1)
 
 
 def output_rows(module: nn.Module, g: Tensor) -> Tensor:
@@ -77,9 +104,9 @@ def output_rows(module: nn.Module, g: Tensor) -> Tensor:
     return g.flatten(2).mT.reshape(g.shape[0], -1, module.groups, g.shape[1] // module.groups)
 
 
-def reached(module: nn.Module, x: Tensor) -> Tensor:
+def reached(module: nn.Module, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
     """(B, T): ones, and zeros where a token is padding."""
-    rows = patches(module, x)[:, :, 0]
+    rows = patches(module, x, size)[:, :, 0]
     return rows.sum(-1) if isinstance(module, nn.Embedding) else rows.new_ones(rows.shape[:2])
 
 
@@ -131,9 +158,16 @@ def exact_columns(likelihood: str, logits: Tensor) -> Iterator[tuple[Tensor, flo
 
 
 def kronecker_factors(
-    case: Case, model: nn.Module, x: Tensor, make_cotangents: Callable[[Tensor], Iterator[tuple[Tensor, float]]]
+    case: Case,
+    model: nn.Module,
+    x: Tensor,
+    make_cotangents: Callable[[Tensor], Iterator[tuple[Tensor, float]]],
+    reduced: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Layer -> (A, G, T), A and G (groups, d, d): averages over samples, locations and calls."""
+    """Layer -> (A, G, T), A and G (groups, d, d): averages over samples, locations and calls.
+
+    The locations of layers that are ``reduced`` are averaged (inputs) and summed (gradients) beforehand.
+    """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = []
     modules = treated(model)
@@ -149,19 +183,20 @@ def kronecker_factors(
         handle.remove()
     A: dict[str, list[Tensor]] = {name: [] for name in modules}
     G: dict[str, list[Tensor]] = {name: [] for name in modules}
+    counts = dict.fromkeys(modules, 0.0)
     for number, (cotangent, weight) in enumerate(make_cotangents(logits)):
         gradients = torch.autograd.grad(logits, [out for *_, out in calls], cotangent, retain_graph=True)
         for (name, a, _), g in zip(calls, gradients, strict=True):
-            rows = output_rows(modules[name], g) * reached(modules[name], a)[..., None, None]
+            kept = reached(modules[name], a, g.shape[2:])
+            rows = output_rows(modules[name], g) * kept[..., None, None]
+            rows = rows.sum(1, keepdim=True) if reduced(name) else rows
             G[name].append(torch.einsum("btgi,btgj->gij", rows, rows) * weight)
             if number == 0:
-                cut = patches(modules[name], a)
+                cut = patches(modules[name], a, g.shape[2:])
+                cut = cut.sum(1, keepdim=True) / kept.sum(1)[:, None, None, None] if reduced(name) else cut
                 A[name].append(torch.einsum("btgi,btgj->gij", cut, cut))
-    result = {}
-    for name, module in modules.items():
-        count = sum(float(reached(module, a).sum()) for n, a, _ in calls if n == name)
-        result[name] = (sum(A[name]) / count, sum(G[name]) / count, count / x.shape[0])
-    return result
+                counts[name] += len(kept) if reduced(name) else float(kept.sum())
+    return {name: (sum(A[name]) / n, sum(G[name]) / n, n / x.shape[0]) for name, n in counts.items()}
 
 
 def kfac_direction(
