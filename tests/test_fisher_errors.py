@@ -96,6 +96,21 @@ def test_order_of_the_calls() -> None:
     kfac.step()  # all is well again
 
 
+def test_running_out_of_memory_is_said_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    kfac = KFACPreconditioner(model, likelihood="categorical")
+    model(torch.randn(4, 5))
+    error = torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.autograd, "grad", full)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        kfac.accumulate()
+    assert caught.value is error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

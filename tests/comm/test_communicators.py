@@ -163,7 +163,7 @@ def test_backend_conforms(ranks, backend, world_size):
 
 
 def failing_peer(rank: int, world_size: int) -> str:
-    comm = make_communicator("torch", timeout=20.0)
+    comm = make_communicator("torch", timeout=4.0)
     comm.barrier("setup")
     if rank == 1:
         dist.destroy_process_group()
@@ -177,7 +177,48 @@ def failing_peer(rank: int, world_size: int) -> str:
 def test_an_error_names_phase_operation_rank_and_size(ranks):
     message, left = ranks.run(2, failing_peer)
     assert left == "left"
-    assert message.startswith("factors: all_reduce on rank 0 of 2 failed: ")
+    start = "factors: all_reduce on rank 0 of 2 failed: no word from global rank 1 within 1 s: ended, frozen or far"
+    assert message.startswith(start)
+    assert len(message) > len(start) + len(" behind; ")  # what the transport said
+
+
+def failing_peer_of_a_part(rank: int, world_size: int) -> str | None:
+    """In the group of the ranks 1 and 3, one leaves; the others fail elsewhere."""
+    comm = make_communicator("torch", timeout=4.0)
+    part = comm.split([[1, 3], [0, 2]])
+    comm.barrier("setup")
+    if rank == 3:
+        dist.destroy_process_group()
+        return None
+    with pytest.raises(CommunicationError) as caught:
+        part.all_reduce(torch.zeros(3), "rows") if rank == 1 else comm.barrier("the end")
+    return str(caught.value)
+
+
+def test_who_did_not_come_has_the_number_of_the_whole_job(ranks):
+    first, second, third, fourth = ranks.run(4, failing_peer_of_a_part)
+    assert fourth is None
+    assert "rows: all_reduce on rank 0 of 2 failed: no word from global rank 3 within 1 s: " in second
+    for other in (first, third):
+        assert other.startswith("the end: barrier on rank ")
+        assert (
+            "failed: no word from global rank 3 within 1 s: ended, frozen or far behind; global rank 1 failed in "
+            in other
+        )
+
+
+def cannot_be_summed(rank: int, world_size: int) -> str:
+    comm = make_communicator("torch", timeout=20.0)
+    comm.barrier("setup")
+    with pytest.raises(CommunicationError) as caught:
+        comm.all_reduce(torch.zeros(3, dtype=torch.uint16), "factors")
+    return str(caught.value)
+
+
+def test_where_all_ranks_fail_nobody_is_missing(ranks):
+    for rank, message in enumerate(ranks.run(2, cannot_be_summed)):
+        assert message.startswith(f"factors: all_reduce on rank {rank} of 2 failed: ")
+        assert "global rank" not in message
 
 
 def late_peer(rank: int, world_size: int) -> str:

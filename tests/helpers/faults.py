@@ -97,7 +97,7 @@ def run_doomed(jobs: Sequence[Job], timeout: float, at_once: int = 4) -> list[di
         at_once: jobs side by side.
 
     Raises:
-        AssertionError: a survivor raised, died or did not answer in time.
+        AssertionError: a survivor raised, died, did not answer in time, or did not end after its answer.
     """
     context = multiprocessing.get_context("forkserver")
     # The first optimizer imports torch._dynamo, which takes seconds in every rank that has not inherited it.
@@ -106,8 +106,8 @@ def run_doomed(jobs: Sequence[Job], timeout: float, at_once: int = 4) -> list[di
     for start in range(0, len(jobs), at_once):
         worlds = [_start(context, job) for job in jobs[start : start + at_once]]
         try:
-            for job, (_, pipes) in zip(jobs[start : start + at_once], worlds, strict=True):
-                answers.append(_survivors(job, pipes, timeout))
+            for job, (processes, pipes) in zip(jobs[start : start + at_once], worlds, strict=True):
+                answers.append(_survivors(job, processes, pipes, timeout))
         finally:
             for process in (process for processes, _ in worlds for process in processes):
                 process.kill()
@@ -127,7 +127,7 @@ def _start(context: Any, job: Job) -> tuple[list[Any], list[Connection]]:
     return processes, pipes
 
 
-def _survivors(job: Job, pipes: Sequence[Connection], timeout: float) -> dict[int, Any]:
+def _survivors(job: Job, processes: Sequence[Any], pipes: Sequence[Connection], timeout: float) -> dict[int, Any]:
     answers = {}
     end = time.monotonic() + timeout
     for rank in (rank for rank in range(job.world_size) if rank not in job.doomed):
@@ -137,6 +137,9 @@ def _survivors(job: Job, pipes: Sequence[Connection], timeout: float) -> dict[in
         except EOFError:
             raise AssertionError(f"{job}: rank {rank} died") from None
         assert ok, f"{job}: rank {rank} raised {answers[rank]}"
+    for rank in answers:
+        processes[rank].join(10)
+        assert processes[rank].exitcode == 0, f"{job}: rank {rank} does not end: {processes[rank].exitcode}"
     return answers
 
 

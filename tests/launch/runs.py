@@ -17,6 +17,7 @@ from tests.launch import plain_loop
 HERE = Path(__file__).parent
 CONFIG, PLAIN_LOOP = HERE / "problem.yaml", HERE / "plain_loop.py"
 DYING = "--trainer.callbacks+=tests.launch.problem.Dying"
+MISTAKEN = "--model=tests.launch.problem.Mistaken"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}
 """Relative, in the 2-norm of each parameter."""
 DYING_SECONDS = 60.0

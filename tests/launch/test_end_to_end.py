@@ -8,10 +8,11 @@ import pytest
 
 from kfac_dist.launch.mpirun import Mpirun, find_mpirun
 from kfac_dist.launch.torchrun import Torchrun
-from tests.helpers.launched import run
+from tests.helpers.launched import Finished, run
 from tests.launch.problem import KILL
 from tests.launch.runs import (
     DYING,
+    MISTAKEN,
     PLAIN_LOOP,
     assert_died_of_it,
     assert_same_weights,
@@ -99,3 +100,17 @@ def test_mpirun_ends_when_a_rank_dies(tmp_path):
 @pytest.mark.mpi
 def test_mpi_alone_ends_when_a_rank_dies(tmp_path):
     assert_died_of_it(run(MPIRUN.command([str(PLAIN_LOOP), str(tmp_path), "mpi:float64"]), DYING_RANK))
+
+
+def assert_raised(done: Finished) -> None:
+    assert_died_of_it(done)
+    assert "KeyError: 'a batch without labels'" in done.output
+
+
+def test_torchrun_ends_when_a_training_step_raises(tmp_path):
+    assert_raised(run(Torchrun(processes=3).command(fit(tmp_path / "weights.pt", MISTAKEN)), DYING_RANK))
+
+
+@pytest.mark.mpi
+def test_mpirun_ends_when_a_training_step_raises(tmp_path):
+    assert_raised(run(MPIRUN.command(fit(tmp_path / "weights.pt", MISTAKEN)), DYING_RANK))
