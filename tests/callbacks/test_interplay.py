@@ -8,8 +8,10 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
     EMAWeightAveraging,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -181,6 +183,27 @@ def test_after_the_tuner_a_fit_is_the_one_without_it(tmp_path, search):
     assert_equal(weights(model), weights(Tunable()))
     made.fit(model)
     windows = [[batch] for batch in loader(data(4 * BATCH), model.batch_size)]
+    assert_equal(weights(model), reference.train(Classifier(), windows, lr=lambda step: model.lr)[-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*(many workers|treespec|srun).*")
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize(
+    "finder",
+    [
+        lambda: LearningRateFinder(num_training_steps=30, early_stop_threshold=None),
+        lambda: BatchSizeFinder(steps_per_trial=1, max_trials=2),
+    ],
+)
+def test_a_search_at_the_start_of_the_fit_leaves_nothing_else(tmp_path, finder, behind):
+    """Behind K-FAC in the list it trains with the hooks in place."""
+    model, callback = Tunable(), sampled()
+    callbacks = [callback, finder()] if behind else [finder(), callback]
+    trainer(callbacks, default_root_dir=tmp_path).fit(model)
+    assert (model.lr, model.batch_size) != (0.1, 1)
+    windows = [[batch] for batch in loader(data(4 * BATCH), model.batch_size)]
+    assert callback.state_dict()["step"] == len(windows)
+    assert hooks(model) == 0
     assert_equal(weights(model), reference.train(Classifier(), windows, lr=lambda step: model.lr)[-1])
 
 

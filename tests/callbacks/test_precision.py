@@ -105,6 +105,29 @@ def test_float16_with_an_overflow_equals_float32_without_that_batch():
         assert distance(*({side: each[side] for side in "AG"} for each in (found_averages[layer], factors))) < 0.01
 
 
+def test_a_plain_loop_with_a_gradient_scaler_is_that_fit():
+    """The order of the calls that the README asks of one's own loop: unscale, K-FAC, clip, step."""
+    scaler = torch.amp.GradScaler("cpu")
+    callback, model = kfac(likelihood="empirical", kl_clip=1e-3), Wide(overflow=True)
+    fit(model, [callback], loader(problem(), SIZE), gradient_clip_val=0.5, **options("16-mixed", scaler))
+    own, its_scaler = Wide(overflow=True), torch.amp.GradScaler("cpu")
+    core, optimizer = reference.preconditioner(own, likelihood="empirical", kl_clip=1e-3), own.configure_optimizers()
+    for index, batch in enumerate(loader(problem(), SIZE)):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = own.training_step(batch, index)
+        core.accumulate()
+        its_scaler.scale(loss).backward()
+        its_scaler.unscale_(optimizer)
+        core.step(lr=optimizer, grad_scale=its_scaler.get_scale())
+        torch.nn.utils.clip_grad_norm_(own.parameters(), 0.5)
+        its_scaler.step(optimizer)
+        its_scaler.update()
+    assert core.metrics["dropped_statistics"] == 1
+    assert_equal(weights(own), weights(model))
+    assert_equal(core.state_dict()["layers"], callback.state_dict()["layers"])
+
+
 def test_bfloat16_ends_at_the_loss_of_float32():
     losses = []
     for precision in ("32-true", "bf16-mixed"):
