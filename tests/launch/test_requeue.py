@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from fsspec.implementations.local import LocalFileOpener
 from lightning_fabric.plugins.environments import MPIEnvironment
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -140,6 +142,22 @@ def test_a_job_that_slurm_does_not_requeue_goes_on(job):
         went_on = train(job / "run", SignalAt(1), RequeueOnSignal()).state_dict()
     assert any("could not be requeued, and goes on" in str(each.message) for each in warned)
     assert all(torch.equal(went_on[name], value) for name, value in whole.items())
+
+
+def test_where_the_disk_is_full_nothing_is_requeued_and_the_last_checkpoint_stays(job, monkeypatch):
+    with pytest.raises(SystemExit):
+        train(job / "run", SignalAt(1), RequeueOnSignal())
+    before = (job / "run" / "hpc_ckpt_1.ckpt").read_bytes()
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalFileOpener, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train(job / "run", SignalAt(5), RequeueOnSignal())
+    assert (job / "asked").read_text() == "requeue 7\n"  # the first time
+    assert [path.name for path in (job / "run").iterdir()] == ["hpc_ckpt_1.ckpt"]
+    assert (job / "run" / "hpc_ckpt_1.ckpt").read_bytes() == before
 
 
 def test_a_task_of_a_job_array_requeues_itself(job, monkeypatch):
