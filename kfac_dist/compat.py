@@ -6,6 +6,7 @@ import importlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -97,8 +98,10 @@ class _FullFloat32:
             self._inside += 1
             if self._inside > 1:
                 return
-            self._chosen = [(place, place.fp32_precision) for place in _precision_places()]
+            self._chosen = [(place, place.fp32_precision) for place in _precision_places(torch.cuda.is_initialized())]
             self._legacy = _legacy_precision()
+            if self._legacy in (None, "highest") and all(p in ("ieee", "none") for _, p in self._chosen):
+                self._chosen = []  # nothing to do, as nearly always
             if self._legacy not in (None, "highest"):  # torch refuses to read TF32 flags where old and new ones differ
                 torch.set_float32_matmul_precision("highest")
             for place, precision in self._chosen:
@@ -126,11 +129,12 @@ def _legacy_precision() -> str | None:
         return None
 
 
-def _precision_places() -> list[Any]:
+@cache
+def _precision_places(with_cudnn: bool) -> list[Any]:
     """Where a backend's precision of float32 products is set: objects with an attribute ``fp32_precision``."""
     backends = torch.backends
     places = [(backends.mkldnn, "matmul"), (backends.mkldnn, "conv"), (backends.cuda, "matmul")]
-    if torch.cuda.is_initialized():  # cuDNN's own default is TF32, and once it is written it follows no other setting
+    if with_cudnn:  # its own default is TF32, and once it is written it follows no other setting
         places.append((backends.cudnn, "conv"))
     found = [getattr(backend, operation, None) for backend, operation in places]
     return [place for place in found if hasattr(place, "fp32_precision")]
