@@ -10,7 +10,7 @@ from torch import nn
 
 from kfac_dist.compat import clean_name, is_uninitialized
 from kfac_dist.config import LayerOptions
-from kfac_dist.layers import conv, conv_transpose, embedding, linear  # noqa: F401 - imported for their registration
+from kfac_dist.layers import conv, conv_transpose, embedding, linear, norm  # noqa: F401 - imported for their registration
 from kfac_dist.layers.base import Layer, layers
 from kfac_dist.layers.watch import Part, Record
 

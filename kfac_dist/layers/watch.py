@@ -36,11 +36,15 @@ class Record(Protocol):
 
 
 def watch_calls(
-    layer: Layer, record: Record, part: Callable[[Tensor, Tensor], Part] | None = None
+    layer: Layer,
+    record: Record,
+    part: Callable[[Tensor, Tensor], Part] | None = None,
+    prepare: Callable[[Tensor], Tensor] = torch.detach,
 ) -> list[RemovableHandle]:
     """One forward hook, for a layer that is a module of one input and one output.
 
-    ``part`` makes the call's part of the input and the output's gradient; None: of both as they are.
+    ``part`` makes the call's part of the input and the output's gradient; None: of both as they are. ``prepare`` turns
+    the input into what is recorded of it, right after the call.
 
     The hook is a plain function, which copy.deepcopy takes over as it is: a copy of the model (weight averaging makes
     one) then calls it with a module of its own, and it ignores that.
@@ -51,7 +55,7 @@ def watch_calls(
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         if module is not layer.module or not record.wanted([layer.name]):
             return
-        x = (args[0] if args else kwargs["input"]).detach()
+        x = prepare(args[0] if args else next(iter(kwargs.values())))
         record([layer.name], [output], lambda gradients: [made(x, gradients[0])])  # type: ignore[arg-type]
 
     return [layer.module.register_forward_hook(hook, with_kwargs=True)]
