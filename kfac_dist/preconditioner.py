@@ -405,7 +405,7 @@ class KFACPreconditioner:
 
         Args:
             lr: rate of the covered parameters (1 in the learning-rate-free mode).
-            uncovered_lr: rate of the others (norms, embeddings, skipped layers).
+            uncovered_lr: rate of the others (skipped layers, modules that no layer type treats).
             uncovered_momentum: momentum of the others; the covered ones get none.
         """
         config = self.config

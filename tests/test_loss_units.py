@@ -65,7 +65,7 @@ def test_a_layer_that_never_fires_is_refused_at_rate_one():
 
 
 def test_parameter_groups_without_a_preconditioner():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(4, 4), nn.PReLU(), nn.Linear(4, 2))
     covered, rest = parameter_groups(model, lr=1.0, uncovered_lr=0.01, uncovered_momentum=0.9, skip_layers=["^2$"])
     assert {id(p) for p in covered["params"]} == {id(p) for p in model[0].parameters()}
     assert {id(p) for p in rest["params"]} == {id(p) for m in model[1:] for p in m.parameters()}

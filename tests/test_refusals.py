@@ -36,6 +36,11 @@ class ScaledTransposed(nn.ConvTranspose1d):
         return 2 * super().forward(x, output_size)
 
 
+class ScaledNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 class Subclass(nn.Linear):
     """No forward of its own: as good as a Linear."""
 
@@ -60,7 +65,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         tied,
         {"0.0": "it shares a parameter with another module", "0.2": "it shares a parameter with another module"},
     ),
-    "batch norm": (lambda: nn.BatchNorm1d(4), {"0": "no layer type is registered for BatchNorm1d"}),
     "own embedding": (
         lambda: ScaledEmbedding(4, 4),
         {"0": "ScaledEmbedding is an Embedding with a forward of its own"},
@@ -87,6 +91,19 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         {"0": "ScaledTransposed is a ConvTranspose1d with a forward of its own"},
     ),
     "complex convolution": (lambda: nn.Conv3d(2, 2, 1, dtype=torch.complex64), {"0": "its weight is complex"}),
+    "synchronised norm": (
+        lambda: nn.SyncBatchNorm(4),
+        {"0": "SyncBatchNorm normalises with the samples of other processes"},
+    ),
+    "own norm": (lambda: ScaledNorm(4), {"0": "ScaledNorm is a LayerNorm with a forward of its own"}),
+    "scale of a norm": (
+        lambda: parametrizations.spectral_norm(nn.LayerNorm(4)),
+        {
+            "0": "its scale or shift is computed from other parameters (a parametrization)",
+            "0.parametrizations.weight": "no layer type is registered for ParametrizationList",
+        },
+    ),
+    "activation": (lambda: nn.PReLU(), {"0": "no layer type is registered for PReLU"}),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), {"0": "its weight is complex"}),
 }
 
@@ -131,14 +148,14 @@ def one_step(kfac: KFACPreconditioner, model: nn.Module, x: Tensor) -> None:
 
 def test_one_warning_names_all_and_they_keep_their_gradient() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.BatchNorm1d(4), Scaled(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    model = nn.Sequential(nn.PReLU(), Scaled(4, 4), nn.Tanh(), nn.Linear(4, 3))
     x = torch.randn(6, 4)
     F.cross_entropy(model(x), torch.zeros(6, dtype=torch.long)).backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     kept: list[KFACPreconditioner] = []
     messages = caught_by(lambda: kept.append(KFACPreconditioner(model, likelihood="categorical")))
     assert messages == [
-        "these modules keep their plain gradient: 0 (no layer type is registered for BatchNorm1d); "
+        "these modules keep their plain gradient: 0 (no layer type is registered for PReLU); "
         "1 (Scaled is a Linear with a forward of its own)"
     ]
     assert caught_by(lambda: [one_step(kept[0], model, x) for _ in range(3)]) == []
@@ -196,7 +213,7 @@ def test_layers_whose_hooks_never_fire(likelihood: str) -> None:
     ("model", "options", "message"),
     [
         (
-            nn.Sequential(nn.BatchNorm1d(4)),
+            nn.Sequential(nn.PReLU()),
             {},
             r"Sequential has no layer that K-FAC can treat \(0: no layer type is regis",
         ),

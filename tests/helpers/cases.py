@@ -107,6 +107,24 @@ def cnn() -> nn.Module:
     )
 
 
+def norms() -> nn.Module:
+    """For inputs (B, 4, 6); scale and shift away from 1 and 0."""
+    net = nn.Sequential(
+        nn.GroupNorm(2, 4),
+        nn.Linear(6, 5),
+        nn.RMSNorm(5),
+        nn.ReLU(inplace=True),
+        nn.LayerNorm((4, 5)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(20, 3),
+    )
+    for module in (net[0], net[2], net[4]):
+        for parameter in module.parameters():
+            nn.init.normal_(parameter, 0.5)
+    return net
+
+
 def cases(batch: int = 12) -> dict[str, Case]:
     generator = torch.Generator().manual_seed(7)
 
@@ -126,4 +144,5 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "sequences": Case(Sequences, normal(batch, 4, 6), classes(batch, 6), "categorical"),
         "tokens": Case(Tokens, torch.randint(0, 7, (batch, 5), generator=generator), classes(batch), "categorical"),
         "convolutions": Case(Convolutions, normal(batch, 2, 2, 1, 2), classes(batch), "categorical"),
+        "norms": Case(norms, normal(batch, 4, 6), classes(batch), "categorical"),
     }

@@ -17,7 +17,8 @@ from tests.helpers.cases import Case
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding)
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, *NORMS)
 
 
 def treated(model: nn.Module) -> dict[str, nn.Module]:
@@ -25,7 +26,9 @@ def treated(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[W | b] with the bias as the last column, (groups, d_out, d_in)."""
+    """[W | b] with the bias as the last column, (groups, d_out, d_in); one row where the block has one factor."""
+    if isinstance(module, NORMS):
+        return torch.cat([part.flatten() for part in (weight, bias) if part is not None])[None, None]
     if isinstance(module, nn.Embedding):  # a column per token, but for padding
         return weight[[v for v in range(len(weight)) if v != module.padding_idx]].T[None]
     groups = getattr(module, "groups", 1)
@@ -167,10 +170,11 @@ def kronecker_factors(
     """Layer -> (A, G, T), A and G (groups, d, d): averages over samples, locations and calls.
 
     The locations of layers that are ``reduced`` are averaged (inputs) and summed (gradients) beforehand.
+    A norm has (its Fisher block, 1, 1.0): the 2 x 2 blocks of its channels, and zeros between them.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = []
-    modules = treated(model)
+    modules = {name: m for name, m in treated(model).items() if not isinstance(m, NORMS)}
     for name, module in modules.items():
 
         def hook(m: nn.Module, inputs: tuple, out: Tensor, name: str = name) -> Tensor:
@@ -195,8 +199,26 @@ def kronecker_factors(
                 cut = patches(modules[name], a, g.shape[2:])
                 cut = cut.sum(1, keepdim=True) / kept.sum(1)[:, None, None, None] if reduced(name) else cut
                 A[name].append(torch.einsum("btgi,btgj->gij", cut, cut))
-                counts[name] += len(kept) if reduced(name) else float(kept.sum())
-    return {name: (sum(A[name]) / n, sum(G[name]) / n, n / x.shape[0]) for name, n in counts.items()}
+    result = {name: (sum(A[name]) / n, sum(G[name]) / n, n / x.shape[0]) for name, n in counts.items()}
+    for name, module in treated(model).items():
+        if isinstance(module, NORMS):
+            channels = torch.arange(theta(module, module.weight, _bias(module)).shape[2])
+            channels %= module.weight.numel()
+            block = fisher_block(model, module, x, list(make_cotangents(logits)))
+            result[name] = ((block * (channels[:, None] == channels))[None], torch.ones(1, 1, 1).double(), 1.0)
+    return {name: result[name] for name in treated(model)}
+
+
+def fisher_block(model: nn.Module, module: nn.Module, x: Tensor, cotangents: list[tuple[Tensor, float]]) -> Tensor:
+    """The mean over samples of u u^T, u a sample's gradient of one module, by a forward and a backward for each."""
+    block: Tensor = torch.zeros(()).double()
+    for cotangent, weight in cotangents:
+        for b in range(len(x)):
+            model.zero_grad()
+            model(x[b : b + 1]).backward(cotangent[b : b + 1])
+            u = gradient_matrix(module).flatten()
+            block = block + torch.outer(u, u) * weight / len(x)
+    return block
 
 
 def kfac_direction(
