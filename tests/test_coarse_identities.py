@@ -101,7 +101,7 @@ def test_residual_and_decrease_over_several_steps(name: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("key", GALERKIN)
-@pytest.mark.parametrize("name", ["mlp-gaussian", "shared"])
+@pytest.mark.parametrize("name", ["mlp-gaussian", "shared", "norms"])
 def test_galerkin_form_descends(name: str, key: str) -> None:
     """zeta_2 = V E^-1 V^T grad, and so <zeta_2, grad> = ||zeta_2||_F^2 > 0."""
     for step in lockstep(setup_of(key), name, 3, lr=0.1):

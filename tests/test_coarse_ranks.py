@@ -20,6 +20,7 @@ STEPS = 5
 STRATEGIES: dict[int, tuple[str | float, ...]] = {2: ("comm_opt", "mem_opt"), 3: ("comm_opt", "mem_opt"), 4: (0.5,)}
 LAYERS = {"mlp-categorical": [(1, 6, 6), (1, 4, 6), (1, 3, 5)], "cnn": [(1, 4, 19), (2, 2, 12), (1, 2, 17), (1, 3, 33)]}
 LAYERS["tokens"] = [(1, 4, 6), (1, 4, 5), (1, 5, 5), (1, 3, 6)]
+LAYERS["norms"] = [(1, 1, 8), (1, 5, 7), (1, 1, 5), (1, 1, 40), (1, 3, 21)]
 """groups, d_out, d_in"""
 
 
@@ -38,6 +39,7 @@ RUNS = {
     "cnn momentum": run_of("cnn", "layer_step_momentum", kl_clip=0.01),
     "cnn bands": run_of("cnn", "spectral_bands", 2, kl_clip=0.01, damping_method="eigen"),
     "cnn empirical": run_of("cnn", "layer_step_residual", fisher="empirical", kl_clip=0.01),
+    "norms": run_of("norms", "layer_step_momentum", kl_clip=0.01),
     "tokens": run_of("tokens", "layer_step_residual", kl_clip=0.01),
     "input side": run_of("shared", "layer_step_momentum", factor_sides="input"),
     "kept coefficients": run_of("mlp-categorical", "layer_step_momentum", every_n_steps=3),

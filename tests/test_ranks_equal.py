@@ -39,6 +39,7 @@ KINDS = {
     "tokens-true-factored": Run("tokens"),
     "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
     "mlp-empirical-sum": Run("mlp-categorical", "empirical", options={"loss_reduction": "sum", "kl_clip": 0.01}),
+    "norms-true-eigen": Run("norms", options={"damping_method": "eigen"}),
     "one-layer": Run("mlp-categorical", options={"skip_layers": ["^0$", "^2$"]}),
 }
 
@@ -113,7 +114,7 @@ def test_inverses_are_bitwise_equal_on_the_ranks_that_hold_them(
         kind, strategy = key.split("/")
         wanted = {"comm_opt": world_size, "mem_opt": 1, "0.5": 2 if world_size == 4 else 1}[strategy]
         assert {len(values) for values in holders.values()} == {wanted}, key
-        counts = {"mlp": 3, "cnn": 4, "convolutions": 5, "sequences": 2, "shared": 3, "tokens": 4, "one": 1}
+        counts = {"mlp": 3, "cnn": 4, "convolutions": 5, "sequences": 2, "shared": 3, "tokens": 4, "norms": 5, "one": 1}
         assert len({name for name, *_ in holders}) == counts[kind.split("-")[0]]
         for values in holders.values():
             assert all(torch.equal(value, values[0]) for value in values)

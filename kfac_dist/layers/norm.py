@@ -69,8 +69,8 @@ class NormLayer(JointLayer):
         super().__init__(name, module, [key for key, value in own if value is not None and value.requires_grad])
         self._kind = next(kind for kind in KINDS if isinstance(module, kind))
         self._normalise = KINDS[self._kind]
-        over_features = isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-        self._trailing = len(module.normalized_shape) if over_features else 0  # else the channels follow the batch
+        # The dimensions of scale and shift are the last ones of the input; or there is one, behind the batch.
+        self._trailing = self.parameters[0].dim() if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 0
         self.channels = self.parameters[0].numel()
 
     @classmethod
@@ -95,7 +95,7 @@ class NormLayer(JointLayer):
 
     def watch(self, record: Record) -> list[RemovableHandle]:
         """See :meth:`Layer.watch`."""
-        return watch_calls(self, record, self.normalised)
+        return watch_calls(self, record, prepare=self.normalised)
 
     @torch.no_grad()
     def normalised(self, x: Tensor) -> Tensor:
