@@ -199,6 +199,7 @@ def kronecker_factors(
                 cut = patches(modules[name], a, g.shape[2:])
                 cut = cut.sum(1, keepdim=True) / kept.sum(1)[:, None, None, None] if reduced(name) else cut
                 A[name].append(torch.einsum("btgi,btgj->gij", cut, cut))
+                counts[name] += len(kept) if reduced(name) else float(kept.sum())
     result = {name: (sum(A[name]) / n, sum(G[name]) / n, n / x.shape[0]) for name, n in counts.items()}
     for name, module in treated(model).items():
         if isinstance(module, NORMS):
