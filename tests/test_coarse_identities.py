@@ -100,8 +100,12 @@ def test_residual_and_decrease_over_several_steps(name: str, key: str) -> None:
         assert step.kfac.metrics["coarse/failures"] == 0
 
 
-@pytest.mark.parametrize("key", GALERKIN)
-@pytest.mark.parametrize("name", ["mlp-gaussian", "shared", "norms"])
+# A band may end inside an eigenspace, where its basis is anybody's choice: in "norms" one does.
+DESCENTS = [(name, key) for name in ("mlp-gaussian", "shared", "norms") for key in GALERKIN]
+DESCENTS.remove(("norms", "spectral_bands"))
+
+
+@pytest.mark.parametrize(("name", "key"), DESCENTS)
 def test_galerkin_form_descends(name: str, key: str) -> None:
     """zeta_2 = V E^-1 V^T grad, and so <zeta_2, grad> = ||zeta_2||_F^2 > 0."""
     for step in lockstep(setup_of(key), name, 3, lr=0.1):
