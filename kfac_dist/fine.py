@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -101,7 +102,11 @@ class Fine:
         return {name: [vectors[name] for vectors in shared] for name in self.gradients}
 
     def leading_eigenvectors(self, count: int, largest: bool) -> dict[str, list[RankOne]]:
-        """The eigenvectors of the undamped averages, from the owner of A to everybody in one all-reduce."""
+        """The eigenvectors of the undamped averages, from the owner of A to everybody in one all-reduce.
+
+        Where they cannot be computed, whatever is raised, they are zero on all ranks, which wait for them, and drop out
+        of the basis.
+        """
         sizes: dict[object, int] = {}
         counts = {name: min(count, g * o * i) for name, (g, o, i) in self.shapes.items()}
         for name, (groups, d_out, d_in) in self.shapes.items():
@@ -110,8 +115,11 @@ class Fine:
         buffer = FusedBuffer(sizes, like.dtype, like.device)  # type: ignore[arg-type]
         for name in self.shapes:
             if self._assignment.owner[name, "A"] == self._communicator.rank:
-                pairs = _extreme_pairs(self._states[name], self.shapes[name], counts[name], largest)
-                buffer[name].copy_(torch.cat([part.reshape(-1) for pair in pairs for part in pair]).to(like))
+                try:
+                    pairs = _extreme_pairs(self._states[name], self.shapes[name], counts[name], largest)
+                    buffer[name].copy_(torch.cat([part.reshape(-1) for pair in pairs for part in pair]).to(like))
+                except Exception as error:
+                    warnings.warn(f"layer {name!r} has no eigenvectors for the coarse space: {error!r}", stacklevel=2)
         self._communicator.all_reduce(buffer.flat, phase="coarse_eigenvectors")
         result: dict[str, list[RankOne]] = {}
         for name, (groups, d_out, d_in) in self.shapes.items():

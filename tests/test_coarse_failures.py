@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kfac_dist import fine
 from kfac_dist.coarse_solver import CoarseOperator, Status, factorise
 from kfac_dist.fisher import Fisher
 from tests.helpers.ranks import RankPool
@@ -100,6 +101,39 @@ def test_a_failed_solve_is_a_one_level_step_on_every_rank(
         assert all(torch.equal(first, other) for other in others)
         difference = torch.linalg.norm(first - wanted) / torch.linalg.norm(wanted)
         assert difference < 1e-10 if step < BROKEN else difference > 1e-3
+
+
+# -- eigenvectors that cannot be computed -----------------------------------------------------------------------------
+
+
+def without_eigenvectors(rank: int, world_size: int) -> list[dict[str, Any]]:
+    """The last rank fails in those of its layers, at the first step; factors are new every other step."""
+    run = replace(run_of("mlp-categorical", "spectral"), even=True)
+    case, model, kfac, optimizer = build(run, world_size)
+    failing = mock.Mock(side_effect=torch.linalg.LinAlgError("did not converge"))
+    result = []
+    for step in range(3):
+        broken = rank == world_size - 1 and step == 0
+        with mock.patch("kfac_dist.fine._extreme_pairs", failing if broken else fine._extreme_pairs):
+            gradients = advance(run, case, model, kfac, optimizer, step, rank, world_size)
+        result.append({"gradients": gradients, "metrics": dict(kfac.metrics), "failed": failing.call_count})
+    kfac.close()
+    return result
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_eigenvectors_that_cannot_be_computed_drop_out_of_the_space(ranks: RankPool, world_size: int) -> None:
+    answers = ranks.run(world_size, without_eigenvectors, timeout=60)
+    failed = answers[-1][-1]["failed"]
+    assert failed > 0
+    lost, _, whole = (step["metrics"]["coarse/rank"] for step in answers[0])
+    assert lost == whole - failed * (whole // 3)  # as many for each of the three layers
+    for answer in answers:
+        for mine, first in zip(answer, answers[0], strict=True):
+            assert mine["metrics"]["corrected"] == 1
+            for name, gradient in first["gradients"].items():
+                assert torch.equal(mine["gradients"][name], gradient)
+                assert bool(gradient.isfinite().all())
 
 
 # -- a rank whose samples are not finite ------------------------------------------------------------------------------
