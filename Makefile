@@ -18,8 +18,10 @@ APT := $(if $(filter 0,$(shell id -u)),,sudo -n )env DEBIAN_FRONTEND=noninteract
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins munge libpmix2 libpmix-dev
 # Configuration, logs and state of the cluster; they stay.
 SLURM_FOLDER ?= /tmp/kfac-dist-slurm
+# A second implementation for the tests; its own requirements would bring another torch.
+ORACLE := requirements-oracle.txt
 # Changes with the requirements and with the place of this clone, to which the installation points.
-STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt; pwd) | cksum | cut -d ' ' -f 1)
+STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt $(ORACLE); pwd) | cksum | cut -d ' ' -f 1)
 
 .PHONY: install demo race soak test test-slurm lint format
 
@@ -68,5 +70,6 @@ $(STAMP): | $(RUN)
 	@echo "Installing into $(VENV) (once; torch is large)"
 	@$(PIP) install --quiet --no-index --no-build-isolation -c constraints.txt -e '$(EXTRAS)' >/dev/null 2>&1 || \
 	  { $(PIP) install -c constraints.txt torch && $(PIP) install -c constraints.txt -e '$(EXTRAS)'; }
+	@$(PIP) install --quiet --no-index --no-deps -r $(ORACLE) >/dev/null 2>&1 || $(PIP) install --no-deps -r $(ORACLE)
 	@rm -f $(VENV)/.kfac-dist-*
 	@touch $@
