@@ -255,7 +255,7 @@ class KFACPreconditioner:
                 gradients = one.gradients()
                 directions = one.precondition(gradients, damping)
             if directions:
-                with self._timer("coarse"):
+                with self._timer("write" if self._two is None else "coarse"):
                     update = self._plan(gradients, directions, damping, lr, closure)
                 with self._timer("write"):
                     update.write()
