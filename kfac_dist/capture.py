@@ -13,7 +13,6 @@ from itertools import count
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
 
 from kfac_dist.compat import GradientEdge, gradient_edge, in_backward
 from kfac_dist.layers import Layer, Part
@@ -93,8 +92,12 @@ class Capture:
             self.calls.append(call)
         elif len(outputs) == 1:
             outputs[0].register_hook(lambda gradient: on_gradients(call, [gradient.detach()]))
-        else:
-            register_multi_grad_hook(outputs, lambda gradients: on_gradients(call, gradients))
+        else:  # they leave one node; a hook that waited for all of them would hold the graph that holds it
+            node = outputs[0].grad_fn
+            assert node is not None
+            node.register_prehook(
+                lambda gradients: on_gradients(call, [g if g is None else g.detach() for g in gradients])
+            )
 
     # The hooks are plain functions, which copy.deepcopy takes over as they are: a copy of the model (weight averaging
     # makes one) then calls them with its own modules, and they ignore it.

@@ -7,11 +7,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.overrides import TorchFunctionMode
 
 
 def in_backward() -> bool:
@@ -78,6 +81,27 @@ GradientEdge = torch.autograd.graph.GradientEdge
 def gradient_edge(tensor: Tensor) -> GradientEdge:
     """Where the gradient of ``tensor`` arrives in the graph, whatever is done to the tensor in place afterwards."""
     return torch.autograd.graph.get_gradient_edge(tensor)
+
+
+def current_function_mode() -> TorchFunctionMode | None:
+    """The innermost mode that is entered in this thread."""
+    return torch.overrides._get_current_function_mode()
+
+
+def attention_with(linear: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """``F.multi_head_attention_forward`` with ``linear`` in the place of ``F.linear``, computing the same bit by bit.
+
+    It is the same code with names of its own, so that nothing is changed for anybody else. Where a tensor or an active
+    ``torch.device`` overrides the whole function, it is this one that they are handed.
+    """
+    names = dict(vars(F)) | {"linear": linear}
+    for name in ("_in_projection_packed", "_in_projection", "multi_head_attention_forward"):
+        function = names.get(name)
+        if isinstance(function, FunctionType):
+            copied = FunctionType(function.__code__, names, name, function.__defaults__, function.__closure__)
+            copied.__kwdefaults__ = function.__kwdefaults__
+            names[name] = copied
+    return names["multi_head_attention_forward"]
 
 
 class _FullFloat32:

@@ -15,6 +15,7 @@ from kfac_dist.layers import Layer, find_layers, layers
 from tests.helpers.cases import Shared
 from tests.helpers.dense import output_rows, patches
 from tests.test_joint_layers import EXAMPLES as JOINT
+from tests.test_layers_of_several import SEVERAL
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -171,7 +172,7 @@ CASES = [(family, name) for family, examples in EXAMPLES.items() for name in exa
 
 
 def test_every_registered_family_has_examples() -> None:
-    assert set(EXAMPLES) | set(JOINT) == set(layers)
+    assert set(EXAMPLES) | set(JOINT) | set(SEVERAL) == set(layers)
 
 
 @pytest.fixture(params=CASES, ids=[f"{family}: {name}" for family, name in CASES])

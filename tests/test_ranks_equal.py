@@ -40,6 +40,8 @@ KINDS = {
     "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
     "mlp-empirical-sum": Run("mlp-categorical", "empirical", options={"loss_reduction": "sum", "kl_clip": 0.01}),
     "norms-true-eigen": Run("norms", options={"damping_method": "eigen"}),
+    "attention-true-eigen": Run("attention", options={"damping_method": "eigen", "damping": 1.0}),
+    "recurrent-empirical-factored": Run("recurrent", "empirical"),
     "one-layer": Run("mlp-categorical", options={"skip_layers": ["^0$", "^2$"]}),
 }
 
@@ -115,6 +117,7 @@ def test_inverses_are_bitwise_equal_on_the_ranks_that_hold_them(
         wanted = {"comm_opt": world_size, "mem_opt": 1, "0.5": 2 if world_size == 4 else 1}[strategy]
         assert {len(values) for values in holders.values()} == {wanted}, key
         counts = {"mlp": 3, "cnn": 4, "convolutions": 5, "sequences": 2, "shared": 3, "tokens": 4, "norms": 5, "one": 1}
+        counts |= {"attention": 11, "recurrent": 9}
         assert len({name for name, *_ in holders}) == counts[kind.split("-")[0]]
         for values in holders.values():
             assert all(torch.equal(value, values[0]) for value in values)
@@ -134,6 +137,8 @@ def test_distributed_data_parallel(ranks: RankPool) -> None:
         "comm_opt": Run("mlp-categorical", steps=5, even=True, ddp=True),
         "mem_opt": Run("cnn", "empirical", "mem_opt", steps=5, even=True, ddp=True),
         "shared": Run("shared", "true", "mem_opt", steps=5, even=True, ddp=True),
+        "attention": Run("attention", "empirical", steps=5, even=True, ddp=True),
+        "recurrent": Run("recurrent", "true", "mem_opt", steps=5, even=True, ddp=True),
     }
     answers = ranks.run(2, train_all, runs, timeout=120)
     for key, run in runs.items():

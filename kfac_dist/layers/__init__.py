@@ -10,7 +10,15 @@ from torch import nn
 
 from kfac_dist.compat import clean_name, is_uninitialized
 from kfac_dist.config import LayerOptions
-from kfac_dist.layers import conv, conv_transpose, embedding, linear, norm  # noqa: F401 - imported for their registration
+from kfac_dist.layers import (  # noqa: F401 - imported for their registration
+    attention,
+    conv,
+    conv_transpose,
+    embedding,
+    linear,
+    norm,
+    recurrent,
+)
 from kfac_dist.layers.base import Layer, layers
 from kfac_dist.layers.watch import Part, Record
 
@@ -49,13 +57,20 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
     """
     options = options or LayerOptions()
     owners = Counter(id(p) for _, m in model.named_modules() for p in m._parameters.values() if p is not None)
+    families = [layers[key] for key in layers]
+    claimed: dict[int, str] = {}
     found = FoundLayers()
     for raw_name, module in model.named_modules():
         name = clean_name(raw_name)
-        own = [parameter for parameter in module._parameters.values() if parameter is not None]
+        claims = [child for cls in families for child in cls.claims(module)]
+        claimed |= {id(child): name for child in claims}
+        own = [p for m in (module, *claims) for p in m._parameters.values() if p is not None]
         if any(is_uninitialized(parameter) for parameter in own):
             raise ValueError(f"module {name!r} is lazy: run one forward pass before K-FAC is built")
         if not any(parameter.requires_grad for parameter in own):
+            continue
+        if id(module) in claimed:
+            _follow(claimed[id(module)], name, found)
             continue
         if options.skips(name, type(module).__name__):
             found.skipped[name] = "skip_layers"
@@ -63,7 +78,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
         if any(owners[id(parameter)] > 1 for parameter in own):
             found.refused[name] = "it shares a parameter with another module"
             continue
-        reasons = [(cls, cls.refusal(module)) for cls in (layers[key] for key in layers)]
+        reasons = [(cls, cls.refusal(module)) for cls in families]
         family = next((cls for cls, reason in reasons if reason is None), None)
         if family is None:
             specific = next((reason for _, reason in reasons if reason), "")
@@ -71,6 +86,8 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
             continue
         for layer in family.adapt(name, module, options):
             _take(layer, options, found)
+        if family.left_out(module):
+            found.refused[name] = f"no layer holds its {', '.join(family.left_out(module))}"
     return found
 
 
@@ -79,8 +96,15 @@ def covered_parameters(found: Iterable[Layer]) -> list[nn.Parameter]:
     return list({id(parameter): parameter for layer in found for parameter in layer.parameters}.values())
 
 
+def _follow(parent: str, name: str, found: FoundLayers) -> None:
+    """A module that another one computes with is left alone where that one is."""
+    for left_alone in (found.refused, found.skipped):
+        if parent in left_alone and not any(layer.name == name for layer in found.layers):
+            left_alone[name] = f"{parent} computes with it: {left_alone[parent]}"
+
+
 def _take(layer: Layer, options: LayerOptions, found: FoundLayers) -> None:
-    if options.skips(layer.name):
+    if options.skips(layer.name, type(layer.module).__name__):
         found.skipped[layer.name] = "skip_layers"
         return
     if layer.joint and options.factor_sides == "input":

@@ -75,6 +75,16 @@ class Layer(ABC):
         """The layers of a module that is not refused: one, named like the module, unless a family says otherwise."""
         return [cls(name, module)]
 
+    @classmethod
+    def claims(cls, module: nn.Module) -> Sequence[nn.Module]:
+        """Submodules that ``module``, of this kind, never calls: it computes with their parameters itself."""
+        return ()
+
+    @classmethod
+    def left_out(cls, module: nn.Module) -> Sequence[str]:
+        """The trained parameters of a module that is not refused which none of its layers holds."""
+        return ()
+
     @abstractmethod
     def input_rows(self, x: Tensor) -> Tensor:
         """The input as rows (groups, R, d_in without bias)."""

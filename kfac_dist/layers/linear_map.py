@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from kfac_dist.config import LayerOptions
 from kfac_dist.layers.base import Layer
+from kfac_dist.layers.watch import Record
 
 
 class LinearMap(Layer):
@@ -33,3 +38,26 @@ class LinearMap(Layer):
         if self.has_bias:
             parts.append(rows.sum(1)[0])
         return self.to_matrix(*parts)
+
+
+class MapOfSeveral(LinearMap):
+    """One of the linear maps of a module that holds several, whose calls are heard of together."""
+
+    siblings: Sequence[MapOfSeveral] = ()
+    """The maps of the module that are not skipped, this one among them."""
+
+    @staticmethod
+    def together(maps: Sequence[MapOfSeveral], options: LayerOptions) -> Sequence[MapOfSeveral]:
+        """``maps``, which are all that one module has."""
+        siblings = [one for one in maps if not options.skips(one.name, type(one.module).__name__)]
+        for one in siblings:
+            one.siblings = siblings
+        return maps
+
+    def watch(self, record: Record) -> list[RemovableHandle]:
+        """See :meth:`Layer.watch`: the first sibling hooks the module for all of them."""
+        return self.watch_siblings(record) if self is self.siblings[0] else []
+
+    def watch_siblings(self, record: Record) -> list[RemovableHandle]:
+        """Hook the module."""
+        raise NotImplementedError

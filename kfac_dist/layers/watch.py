@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,26 @@ class Record(Protocol):
         """Whether the call that goes on is to be taken down; ``names`` are the layers that it concerns."""
 
     def __call__(self, names: Sequence[str], outputs: Sequence[Tensor], split: Split) -> None:
-        """Take down a call that is wanted: the tensors whose gradients are needed, and what to do with them."""
+        """Take down a call that is wanted: the tensors whose gradients are needed, and what to do with them.
+
+        Several tensors must be the outputs of one node of the graph, in their order (:func:`of_one_node`).
+        """
+
+
+class _OneNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # None stays None
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return gradients
+
+
+def of_one_node(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of ``tensors`` whose gradients arrive together, at one node of the graph."""
+    return _OneNode.apply(*tensors)
 
 
 def watch_calls(

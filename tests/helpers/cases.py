@@ -89,6 +89,40 @@ class Convolutions(nn.Module):
         return self.head(torch.tanh(self.line(h)).flatten(1))
 
 
+class Attending(nn.Module):
+    """Self-attention (one packed product) and the attention of learnt places to it (two), for inputs (B, S, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.itself = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.other = nn.MultiheadAttention(4, 2, bias=False)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        h = (h + self.itself(h, h, h, need_weights=False)[0]).transpose(0, 1)
+        places = self.places(x[:, :2]).transpose(0, 1)
+        return self.head(self.other(places, h, h)[0].mean(0))
+
+
+class Recurrent(nn.Module):
+    """Two directions of an LSTM, then a GRU of which only the last state is used, then a cell; inputs (B, T, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, bidirectional=True, batch_first=True)
+        self.gru = nn.GRU(4, 2)
+        self.cell = nn.RNNCell(2, 3)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, (_, c_n) = self.lstm(x)
+        h_n = self.gru(out.transpose(0, 1))[1]
+        state = self.cell(h_n[0])
+        return self.head(self.cell(c_n[1], state))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
@@ -145,4 +179,6 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "tokens": Case(Tokens, torch.randint(0, 7, (batch, 5), generator=generator), classes(batch), "categorical"),
         "convolutions": Case(Convolutions, normal(batch, 2, 2, 1, 2), classes(batch), "categorical"),
         "norms": Case(norms, normal(batch, 4, 6), classes(batch), "categorical"),
+        "attention": Case(Attending, normal(batch, 4, 3), classes(batch), "categorical"),
+        "recurrent": Case(Recurrent, normal(batch, 4, 3), classes(batch), "categorical"),
     }

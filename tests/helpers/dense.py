@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kfac_dist.draws import uniforms
 from tests.helpers.cases import Case
+from tests.helpers.explicit import explicit
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -22,7 +23,8 @@ TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, *NORMS)
 
 
 def treated(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, TREATED) and m.weight.requires_grad}
+    """What the references treat, by the layers' names; of fused modules copies of their linear maps."""
+    return {name: m for name, m in explicit(model).named_modules() if isinstance(m, TREATED) and m.weight.requires_grad}
 
 
 def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -174,6 +176,7 @@ def kronecker_factors(
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles = []
+    model = explicit(model)
     modules = {name: m for name, m in treated(model).items() if not isinstance(m, NORMS)}
     for name, module in modules.items():
 

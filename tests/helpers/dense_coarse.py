@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.helpers.cases import Case
 from tests.helpers.dense import cotangents, gradient_matrix, kfac_direction, kronecker_factors, theta, treated
+from tests.helpers.explicit import explicit
 
 SEED, FIRST_ID = 3, 100
 
@@ -18,7 +19,7 @@ class Dense:
     """Everything about one state of one model, as dense matrices over the layers' row-major [W | b] vectors."""
 
     def __init__(self, case: Case, model: nn.Module, lam: float, lam_c: float, fisher: str, samples: int | str) -> None:
-        self.case, self.model, self.lam, self.lam_c = case, copy.deepcopy(model), lam, lam_c
+        self.case, self.model, self.lam, self.lam_c = case, explicit(copy.deepcopy(model)), lam, lam_c
         self.ids = torch.arange(FIRST_ID, FIRST_ID + len(case.x))
         self.fisher, self.samples = fisher, samples
         self.names = list(treated(self.model))
