@@ -18,6 +18,7 @@ from tests.helpers.cases import Attending, Case, cases
 from tests.helpers.dense import cotangents, gradient_matrix, kfac_direction, kronecker_factors, treated
 from tests.helpers.explicit import explicit
 from tests.helpers.steps import assert_equal, one_step
+from tests.test_exact_blocks import dense_blocks
 
 FISHERS = ("categorical", "empirical")
 PARTS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -323,3 +324,42 @@ def test_functional_attention_is_covered_and_exact(likelihood: str) -> None:
     kfac.step()
     wanted = {name: kfac_direction(*factors[name], gradient, 0.03) for name, gradient in gradients.items()}
     assert_equal({name: gradient_matrix(module) for name, module in treated(model).items()}, wanted, 1e-9)
+
+
+def test_every_parameter_of_a_transformer_is_covered() -> None:
+    model = nn.Transformer(4, 2, num_encoder_layers=2, num_decoder_layers=2, dim_feedforward=6)
+    found, refused = find_layers(model)
+    assert not refused
+    assert {id(p) for layer in found for p in layer.parameters} == {id(p) for p in model.parameters()}
+    assert sum(layer.output_dim * layer.input_dim for layer in found) == sum(p.numel() for p in model.parameters())
+
+
+class OnePosition(nn.Module):
+    """Sequences of one position: the softmax is 1, and values and outputs are a linear net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attend(x[:, None], x[:, None], x[:, None])[0][:, 0])
+
+
+def test_blocks_of_one_position_are_those_of_the_dense_fisher() -> None:
+    torch.manual_seed(4)
+    model, x = OnePosition().double(), torch.randn(9, 4, dtype=torch.float64)
+    nn.init.normal_(model.attend.in_proj_bias)
+    blocks = dense_blocks(explicit(model), x)
+    kfac = KFACPreconditioner(model, "gaussian", fisher_samples="exact")
+    outputs = model(x)
+    kfac.accumulate()
+    (0.5 * outputs.square().sum() / len(x)).backward()
+    kfac.step()
+    states = kfac.state_dict()["layers"]
+    assert states.keys() == blocks.keys()
+    for name, (block,) in blocks.items():
+        factors = states[name]["factors"]
+        found = torch.kron(factors["G"][0], factors["A"][0])
+        assert torch.allclose(found, block, rtol=0, atol=1e-12)
+        assert (block.abs().max() > 1e-2) == (name not in ("attend.q_proj", "attend.k_proj"))
