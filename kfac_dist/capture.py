@@ -62,7 +62,7 @@ class Capture:
         self._numbers = count()
         self.recomputed: set[str] = set()
         self._on_gradients = on_gradients
-        self._handles = [handle for layer in layers for handle in layer.watch(self)]
+        self._handles = [handle for layer in layers for use in (layer, *layer.uses) for handle in use.watch(self)]
         # Outputs recorded when a call of the output module began, for each of its calls that still runs.
         self._running: list[int] = []
         self._handles.append(output_module.register_forward_pre_hook(self._output_pre_hook(output_module)))

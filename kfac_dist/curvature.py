@@ -106,8 +106,8 @@ def reduce_statistics(
             sizes[layer.name, side] = packed_words(shape)
     buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
     if health.statistics:
-        for side, sums in (("A", statistics.A), ("G", statistics.G)):
-            for name, moment in sums.items():
+        for side in sides:
+            for name, moment in statistics.sums(side).items():
                 pack_symmetric(moment.to(dtype), out=buffer[name, side])
     counts = [statistics.samples, statistics.elements, statistics.summed]
     counts += [statistics.rows[layer.name] for layer in layers]

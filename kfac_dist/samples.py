@@ -184,7 +184,7 @@ def _first(tensor: Tensor, n: int, size: int, layer: Layer) -> Tensor:
 def _products(call: KeptCall, vector: RawVector, size: int) -> Iterator[Tensor]:
     """Per draw, <V, u_b> of one call: (size,)."""
     layer, dtype = call.layer, call.gradients[0].dtype
-    if not isinstance(vector, Tensor) and layer.joint:  # its outputs are no rows of Theta
+    if not isinstance(vector, Tensor) and (layer.joint or layer.input_side == "G"):  # its outputs are no rows of Theta
         vector = vector[0][:, :, None] * vector[1][:, None, :]
     if isinstance(vector, Tensor):
         out = layer.forward_with(call.x, vector.to(dtype))

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kfac_dist.factors import statistics_dtype
 from kfac_dist.layers import Layer, Part
+from kfac_dist.layers.base import Side
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,23 @@ class Statistics:
 
     def clear(self) -> None:
         """Begin a new window."""
-        self.A: dict[str, Tensor] = {}
-        self.G: dict[str, Tensor] = {}
+        # By what they are made of, since a gradient scaler is in gradients only, and then by layer and side.
+        self._inputs: dict[tuple[str, Side], Tensor] = {}
+        self._gradients: dict[tuple[str, Side], Tensor] = {}
         self.rows: dict[str, float] = {layer.name: 0.0 for layer in self._layers}
         self.samples = 0.0
         self.elements = 0.0
         self.summed = 0.0
         self.micro_batches = 0
+
+    def sums(self, side: Side) -> dict[str, Tensor]:
+        """Layer -> the sum that becomes this factor."""
+        found: dict[str, Tensor] = {}
+        for moments in (self._inputs, self._gradients):
+            for (name, at), moment in moments.items():
+                if at == side:
+                    _add(found, name, moment)
+        return found
 
     def add_batch(self, batch: MicroBatch) -> None:
         """Count the samples of one micro-batch."""
@@ -128,12 +142,14 @@ class Statistics:
         if layer.joint:  # its one factor is made of inputs and gradients together
             self.rows[layer.name] += batch.valid
             return
+        if layer.input_side == "G" and not self._output_side:
+            return
         reached, weights = layer.row_weights(x, batch.size), batch.row_weights(layer, rows)
         if reached is not None:
             weights = reached if weights is None else reached & weights.bool()
         samples = samples_of(layer, rows, batch)
         moment = layer.input_moment(x, statistics_dtype(layer.dtype), weights, samples)
-        _add(self.A, layer.name, moment)
+        _add(self._inputs, (layer.name, layer.input_side), moment)
         if samples is not None:
             self.rows[layer.name] += batch.valid
         else:
@@ -152,23 +168,22 @@ class Statistics:
         dtype = statistics_dtype(layer.dtype)
         if layer.joint:
             moment = layer.gradient_moment(x, g.to(dtype), batch.size, dtype)
-            _add(self.A, layer.name, moment * (weight * scale**2))
+            _add(self._gradients, (layer.name, "A"), moment * (weight * scale**2))
         elif self._output_side:
             moment = layer.output_moment(g.to(dtype), dtype, samples_of(layer, layer.rows(g), batch))
-            _add(self.G, layer.name, moment * (weight * scale**2))
+            side: Side = "G" if layer.input_side == "A" else "A"
+            _add(self._gradients, (layer.name, side), moment * (weight * scale**2))
 
     def rescale_outputs(self, factor: float) -> None:
-        """Multiply the output sides by ``factor`` (what a gradient scaler put into them, squared and inverted)."""
+        """Multiply what is made of gradients by ``factor`` (a gradient scaler's, squared and inverted)."""
         if factor != 1.0:
-            self.G = {name: moment * factor for name, moment in self.G.items()}
-            joint = {layer.name for layer in self._layers if layer.joint}
-            self.A = {name: moment * factor if name in joint else moment for name, moment in self.A.items()}
+            self._gradients = {key: moment * factor for key, moment in self._gradients.items()}
 
     def finite(self) -> bool:
         """Whether every sum is finite (one synchronisation)."""
-        sums = [*self.A.values(), *self.G.values()]
+        sums = [*self._inputs.values(), *self._gradients.values()]
         return not sums or bool(torch.stack([s.sum() for s in sums]).isfinite().all())
 
 
-def _add(sums: dict[str, Tensor], name: str, moment: Tensor) -> None:
-    sums[name] = sums[name] + moment if name in sums else moment
+def _add(sums: dict[Key, Tensor], key: Key, moment: Tensor) -> None:
+    sums[key] = sums[key] + moment if key in sums else moment

@@ -19,13 +19,18 @@ STEPS = 5
 """Factors at 0, 2 and 4; a rank without samples (or with one only) sees the curvature batch of step 4."""
 STRATEGIES: dict[int, tuple[str | float, ...]] = {2: ("comm_opt", "mem_opt"), 3: ("comm_opt", "mem_opt"), 4: (0.5,)}
 LAYERS = {"mlp-categorical": [(1, 6, 6), (1, 4, 6), (1, 3, 5)], "cnn": [(1, 4, 19), (2, 2, 12), (1, 2, 17), (1, 3, 33)]}
+LAYERS["tied"] = [(1, 4, 5), (1, 6, 5)]
 LAYERS["tokens"] = [(1, 4, 6), (1, 4, 5), (1, 5, 5), (1, 3, 6)]
 LAYERS["norms"] = [(1, 1, 8), (1, 5, 7), (1, 1, 5), (1, 1, 40), (1, 3, 21)]
 """groups, d_out, d_in"""
 
 
 def run_of(case: str, space: str, k: int = 1, variant: str | None = None, fisher: str = "true", **more: Any) -> Run:
-    options = {key: more.pop(key) for key in ("kl_clip", "damping_method", "factor_sides") if key in more}
+    options = {
+        key: more.pop(key)
+        for key in ("kl_clip", "damping_method", "factor_sides", "max_factor_dim", "large_factors")
+        if key in more
+    }
     coarse = CoarseConfig(
         space=space, vectors_per_layer=k, variant=variant, **({"damping": 0.3, "max_samples": None} | more)
     )
@@ -41,6 +46,8 @@ RUNS = {
     "cnn empirical": run_of("cnn", "layer_step_residual", fisher="empirical", kl_clip=0.01),
     "norms": run_of("norms", "layer_step_momentum", kl_clip=0.01),
     "tokens": run_of("tokens", "layer_step_residual", kl_clip=0.01),
+    "tied": run_of("tied", "pcg", 2),
+    "tied diagonal": run_of("tied", "spectral", 2, max_factor_dim=3, large_factors="diagonal"),
     "input side": run_of("shared", "layer_step_momentum", factor_sides="input"),
     "kept coefficients": run_of("mlp-categorical", "layer_step_momentum", every_n_steps=3),
     **{

@@ -32,7 +32,11 @@ def reference(case: Case, lam: float, method: str, sides: str, fisher: str, samp
     case.loss(model(case.x), case.y).backward()
     ids = torch.arange(100, 100 + len(case.x))
     factors = kronecker_factors(
-        case, copy.deepcopy(model), case.x, lambda z: cotangents(case, z, case.y, fisher, samples, 3, 0, ids)
+        case,
+        copy.deepcopy(model),
+        case.x,
+        lambda z: cotangents(case, z, case.y, fisher, samples, 3, 0, ids),
+        sides=sides,
     )
     found = {}
     for name, module in treated(model).items():

@@ -37,6 +37,8 @@ KINDS = {
     "sequences-reduce": Run("sequences", options={"kfac_approx": "reduce", "damping_method": "eigen"}),
     "shared-input-side": Run("shared", options={"factor_sides": "input"}),
     "tokens-true-factored": Run("tokens"),
+    "tied-empirical-eigen": Run("tied", "empirical", options={"damping_method": "eigen"}),
+    "mlp-true-blocks": Run("mlp-categorical", options={"max_factor_dim": 4}),
     "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
     "mlp-empirical-sum": Run("mlp-categorical", "empirical", options={"loss_reduction": "sum", "kl_clip": 0.01}),
     "norms-true-eigen": Run("norms", options={"damping_method": "eigen"}),
@@ -117,7 +119,7 @@ def test_inverses_are_bitwise_equal_on_the_ranks_that_hold_them(
         wanted = {"comm_opt": world_size, "mem_opt": 1, "0.5": 2 if world_size == 4 else 1}[strategy]
         assert {len(values) for values in holders.values()} == {wanted}, key
         counts = {"mlp": 3, "cnn": 4, "convolutions": 5, "sequences": 2, "shared": 3, "tokens": 4, "norms": 5, "one": 1}
-        counts |= {"attention": 11, "recurrent": 9}
+        counts |= {"attention": 11, "recurrent": 9, "tied": 2}
         assert len({name for name, *_ in holders}) == counts[kind.split("-")[0]]
         for values in holders.values():
             assert all(torch.equal(value, values[0]) for value in values)

@@ -45,12 +45,6 @@ class Subclass(nn.Linear):
     """No forward of its own: as good as a Linear."""
 
 
-def tied() -> nn.Module:
-    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    net[2].weight = net[0].weight
-    return net
-
-
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "own forward": (lambda: Scaled(4, 4), {"0": "Scaled is a Linear with a forward of its own"}),
     "own convolution": (lambda: ScaledConv(4, 4, 1), {"0": "ScaledConv is a Conv2d with a forward of its own"}),
@@ -60,10 +54,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
             "0": "its weight is computed from other parameters (a parametrization)",
             "0.parametrizations.weight": "no layer type is registered for ParametrizationList",
         },
-    ),
-    "tied weights": (
-        tied,
-        {"0.0": "it shares a parameter with another module", "0.2": "it shares a parameter with another module"},
     ),
     "own embedding": (
         lambda: ScaledEmbedding(4, 4),

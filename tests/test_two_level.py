@@ -45,7 +45,7 @@ def make(case: Case, coarse: CoarseConfig, **options: object) -> tuple[torch.nn.
 
 
 # The dense operator of "tselepidis" is written for layers with one location.
-NAMES = ["mlp-categorical", "cnn", "shared", "tokens"]
+NAMES = ["mlp-categorical", "cnn", "shared", "tokens", "tied"]
 PAIRS = [(name, space) for name in NAMES for space in SPACES if space != "tselepidis" or name == "mlp-categorical"]
 PAIRS += [(name, space) for name in ("attention", "recurrent") for space in ("layer_step", "nicolaides")]
 

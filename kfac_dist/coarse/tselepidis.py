@@ -4,6 +4,8 @@ E_ij ~ sum(A_ij) sum(G_ij) T_ij with A_ij = mean a_i a_j^T and G_ij = mean g_i g
 of all entries of A_ij is the mean of (1^T a_i)(1^T a_j), so only those scalars are formed, never the matrices. Layers
 with unlike numbers of locations meet at the smaller one, the finer map averaged down to it.
 
+Where an embedding's table is the weight of a linear map, only the calls of the map count.
+
 A layer whose block has one factor (a norm) has no A and G to multiply: its coarse vector is zero.
 
 The operator is an approximation and may be indefinite; it is here for comparison. The exact one of the constant vectors
@@ -47,7 +49,10 @@ class Tselepidis(CoarseSpace):
         names = [self._names[i] for i in self._factored]
         moment = torch.zeros(3, len(names), len(names), dtype=torch.float64, device=Y.device)
         for batch in samples.batches:
-            calls = {name: [call for call in batch.calls if call.layer.name == name] for name in names}
+            calls = {
+                name: [call for call in batch.calls if call.layer.name == name and call.layer.input_side == "A"]
+                for name in names
+            }
             inputs = [_maps([_input_sums(call) for call in calls[name]], batch.size) for name in names]
             outputs = [
                 [_maps([_output_sums(call, d) for call in calls[name]], batch.size) for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -19,7 +18,8 @@ from kfac_dist.layers import (  # noqa: F401 - imported for their registration
     norm,
     recurrent,
 )
-from kfac_dist.layers.base import Layer, layers
+from kfac_dist.layers.base import Layer, claims_of, family_of, layers
+from kfac_dist.layers.ties import find_ties
 from kfac_dist.layers.watch import Part, Record
 
 __all__ = ["FoundLayers", "Layer", "Part", "Record", "covered_parameters", "find_layers", "layers"]
@@ -56,13 +56,12 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
         ValueError: a lazy module has not seen its first batch.
     """
     options = options or LayerOptions()
-    owners = Counter(id(p) for _, m in model.named_modules() for p in m._parameters.values() if p is not None)
-    families = [layers[key] for key in layers]
+    modules = [(clean_name(raw_name), module) for raw_name, module in model.named_modules()]
+    ties = find_ties(modules, options)
     claimed: dict[int, str] = {}
     found = FoundLayers()
-    for raw_name, module in model.named_modules():
-        name = clean_name(raw_name)
-        claims = [child for cls in families for child in cls.claims(module)]
+    for name, module in modules:
+        claims = claims_of(module)
         claimed |= {id(child): name for child in claims}
         own = [p for m in (module, *claims) for p in m._parameters.values() if p is not None]
         if any(is_uninitialized(parameter) for parameter in own):
@@ -75,14 +74,16 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
         if options.skips(name, type(module).__name__):
             found.skipped[name] = "skip_layers"
             continue
-        if any(owners[id(parameter)] > 1 for parameter in own):
-            found.refused[name] = "it shares a parameter with another module"
+        tie = ties.get(module)
+        if tie is not None:
+            if tie.layer is None or name in tie.own_biases:
+                found.refused[name] = tie.reason(name)
+            if tie.layer is not None and tie.layer.module is module:
+                _take(tie.layer, options, found)
             continue
-        reasons = [(cls, cls.refusal(module)) for cls in families]
-        family = next((cls for cls, reason in reasons if reason is None), None)
+        family, reason = family_of(module)
         if family is None:
-            specific = next((reason for _, reason in reasons if reason), "")
-            found.refused[name] = specific or f"no layer type is registered for {type(module).__name__}"
+            found.refused[name] = reason
             continue
         for layer in family.adapt(name, module, options):
             _take(layer, options, found)

@@ -41,6 +41,15 @@ class Layer(ABC):
     sides: tuple[Side, ...] = ("A", "G")
     """The factors of the block; ("A",) where A is the block itself, the second moment of whole gradients."""
 
+    input_side: Side = "A"
+    """The factor that inputs are part of; "G" where the calls are those of a table that is the weight of a linear map.
+
+    There the gradients are part of A, and one-hot vectors are in the place of Theta's rows.
+    """
+
+    uses: Sequence[Layer] = ()
+    """The calls of other modules that share the weight, each with a forward of its own and this layer's name."""
+
     def __init__(
         self,
         name: str,
@@ -119,6 +128,22 @@ class Layer(ABC):
         """
         return None
 
+    @classmethod
+    def use_of(cls, owner: Layer, module: nn.Module) -> Layer | None:
+        """The calls of ``module``, which shares its weight with ``owner``, as calls of that layer; None: cannot be.
+
+        Args:
+            owner: a layer of any family, with a bias only where the modules of that family share it.
+            module: one that this family treats.
+        """
+        found = list(cls.adapt(owner.name, module, LayerOptions()))
+        if len(found) != 1 or type(found[0]) is not type(owner):
+            return None
+        if not owner.has_bias:
+            found[0].leave_bias()
+        found[0].factors = owner.factors
+        return found[0] if found[0].shape == owner.shape else None
+
     def weight_to_matrix(self, weight: Tensor) -> Tensor:
         """A tensor shaped like the weight, as (groups, d_out, d_in without bias)."""
         return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
@@ -134,7 +159,8 @@ class Layer(ABC):
 
     def configure(self, options: LayerOptions) -> str | None:
         """Take over what the user chose for layers like this one; returns what is to be said of it, or None."""
-        self.approximation = options.approximation(self.name, type(self.module).__name__)
+        for use in (self, *self.uses):
+            use.approximation = options.approximation(self.name, type(self.module).__name__)
         cut = []
         for side, shape in self.factors.items():
             if shape.size > options.max_factor_dim:
@@ -143,6 +169,13 @@ class Layer(ABC):
                 form = "diagonal" if self.factors[side].size == 1 else f"{self.factors[side].blocks} diagonal blocks"
                 cut.append(f"{side} of order {shape.dim} becomes {form}")
         return ", ".join(cut) or None
+
+    def leave_bias(self) -> None:
+        """Leave the bias out of Theta: it keeps its plain gradient. Before :meth:`configure` only."""
+        if self.has_bias:
+            self.has_bias = False
+            self.input_dim -= 1
+            self.factors["A"] = FactorShape(self.groups, self.input_dim)
 
     @property
     def joint(self) -> bool:
@@ -286,3 +319,16 @@ def parameter_refusal(module: nn.Module, weight: str = "weight", bias: str = "bi
 
 
 layers: Registry[type[Layer]] = Registry("layer")
+
+
+def claims_of(module: nn.Module) -> list[nn.Module]:
+    """The submodules that ``module`` never calls, because it computes with their parameters itself."""
+    return [child for key in layers for child in layers[key].claims(module)]
+
+
+def family_of(module: nn.Module) -> tuple[type[Layer] | None, str]:
+    """The family that treats a module, and otherwise why none does."""
+    reasons = [(layers[key], layers[key].refusal(module)) for key in layers]
+    family = next((cls for cls, reason in reasons if reason is None), None)
+    specific = next((reason for _, reason in reasons if reason), "")
+    return family, specific or f"no layer type is registered for {type(module).__name__}"

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_dist.factors import FactorShape
+from kfac_dist.factors import FactorShape, second_moment_sum
 from kfac_dist.layers.base import Layer, layers, parameter_refusal
+from kfac_dist.layers.linear_map import LinearMap
 from kfac_dist.layers.watch import Part, Record, watch_calls
 
 
@@ -47,14 +48,20 @@ class EmbeddingLayer(Layer):
             return "its only row is that of padding_idx"
         return parameter_refusal(module)
 
+    @classmethod
+    def use_of(cls, owner: Layer, module: nn.Module) -> Layer | None:
+        """See :meth:`Layer.use_of`."""
+        assert isinstance(module, nn.Embedding)  # as this family treats it
+        if isinstance(owner, LinearMap):
+            return _TableUse(owner, module)
+        same = isinstance(owner, cls) and owner.module.padding_idx == module.padding_idx
+        return super().use_of(owner, module) if same else None
+
     # -- Theta ----------------------------------------------------------------------------------------------------
 
     def weight_to_matrix(self, weight: Tensor) -> Tensor:
         """(V, d) as (1, d, V), without the row of ``padding_idx``."""
-        padding = self.module.padding_idx
-        if padding is not None:
-            weight = torch.cat([weight[:padding], weight[padding + 1 :]])
-        return weight.mT[None]
+        return self._trained(weight).mT[None]
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:
         """The inverse, with zeros in the row of ``padding_idx``."""
@@ -62,6 +69,11 @@ class EmbeddingLayer(Layer):
         if padding is None:
             return table
         return torch.cat([table[:padding], table.new_zeros(1, table.shape[1]), table[padding:]])
+
+    def _trained(self, table: Tensor) -> Tensor:
+        """The rows of (V, ..) that Theta has."""
+        padding = self.module.padding_idx
+        return table if padding is None else torch.cat([table[:padding], table[padding + 1 :]])
 
     # -- one call -------------------------------------------------------------------------------------------------
 
@@ -90,7 +102,7 @@ class EmbeddingLayer(Layer):
     def input_rows(self, x: Tensor) -> Tensor:
         """The one-hot vectors, (1, R, V): what the moment counts without them, and nothing for a large V."""
         one_hot = F.one_hot(x.reshape(-1), self.module.num_embeddings).to(self.dtype)
-        return self.weight_to_matrix(one_hot.mT)
+        return self._trained(one_hot.mT).mT[None]
 
     def output_rows(self, g: Tensor) -> Tensor:
         """(.., d) as (1, R, d)."""
@@ -121,8 +133,47 @@ class EmbeddingLayer(Layer):
             tokens = pairs % self.module.num_embeddings
             values = (counts / locations[pairs // self.module.num_embeddings]).square()
         counted = self._sums(tokens, values[:, None])
-        return self.weight_to_matrix(counted).reshape(-1, 1, 1)
+        return self._trained(counted).reshape(-1, 1, 1)
 
     def _sums(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """For every token the sum of its rows, (V, d)."""
         return rows.new_zeros(self.module.num_embeddings, rows.shape[1]).index_add_(0, tokens, rows)
+
+
+class _TableUse(EmbeddingLayer):
+    """The calls of an embedding whose table is the weight of a linear map, as calls of the map's layer.
+
+    Theta is the map's, [W | b] with a row per token, and a call's gradient is onehot [g, 0]^T: the counts go to the
+    map's G, which is diagonal for that, and the gradients to its A. The row of padding has no part in these calls.
+    """
+
+    input_side = "G"
+
+    def __init__(self, owner: LinearMap, module: nn.Embedding) -> None:
+        self._owner = owner
+        super().__init__(owner.name, module)
+        owner.factors["G"] = FactorShape(1, owner.output_dim, owner.output_dim)
+        self.factors = owner.factors
+
+    def _trained(self, table: Tensor) -> Tensor:
+        padding = self.module.padding_idx
+        return table if padding is None else table.index_fill(0, torch.tensor(padding, device=table.device), 0.0)
+
+    def weight_to_matrix(self, weight: Tensor) -> Tensor:
+        """(V, d) as a Theta of the map."""
+        return F.pad(self._trained(weight), (0, int(self._owner.has_bias)))[None]
+
+    def matrix_to_weight(self, matrix: Tensor) -> Tensor:
+        """The table of a Theta of the map."""
+        return self._trained(matrix[0, :, : self.module.embedding_dim])
+
+    def rows(self, g: Tensor) -> int:
+        """See :meth:`Layer.rows`."""
+        return g.numel() // g.shape[-1]
+
+    def output_moment(self, g: Tensor, dtype: torch.dtype, samples: int | None = None) -> Tensor:
+        """See :meth:`Layer.output_moment`: a part of the map's A."""
+        rows = self.output_rows(g).to(dtype)
+        if samples is not None:
+            rows = rows.view(1, samples, -1, rows.shape[2]).sum(2)
+        return second_moment_sum(F.pad(rows, (0, int(self._owner.has_bias))), blocks=self.factors["A"].blocks)

@@ -123,6 +123,19 @@ class Recurrent(nn.Module):
         return self.head(self.cell(c_n[1], state))
 
 
+class Tied(nn.Module):
+    """A table that is the weight of the output layer, with padding; logits (B, symbols, S)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.inner, self.head = nn.Embedding(6, 4, padding_idx=2), nn.Linear(4, 4), nn.Linear(4, 6)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x)
+        return self.head(torch.tanh(self.inner(h.cumsum(1))) + h).mT
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
@@ -181,4 +194,5 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "norms": Case(norms, normal(batch, 4, 6), classes(batch), "categorical"),
         "attention": Case(Attending, normal(batch, 4, 3), classes(batch), "categorical"),
         "recurrent": Case(Recurrent, normal(batch, 4, 3), classes(batch), "categorical"),
+        "tied": Case(Tied, torch.randint(0, 6, (batch, 4), generator=generator), classes(batch, 4), "categorical"),
     }

@@ -106,7 +106,7 @@ class Reference(Dense):
         self.grad = flat_gradient(self.model)
         self.shapes = {n: gradient_matrix(m).shape for n, m in treated(self.model).items()}
         if step % self.setup.factor_every == 0:
-            new = kronecker_factors(case, copy.deepcopy(self.model), case.x, self._cotangents)
+            new = kronecker_factors(case, copy.deepcopy(self.model), case.x, self._cotangents, sides=self.setup.sides)
             rho = min(1 - 1 / (self.updates + 1), 0.95)
             for name, parts in new.items():
                 old = self.factors.get(name, parts)

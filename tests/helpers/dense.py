@@ -23,8 +23,20 @@ TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, *NORMS)
 
 
 def treated(model: nn.Module) -> dict[str, nn.Module]:
-    """What the references treat, by the layers' names; of fused modules copies of their linear maps."""
-    return {name: m for name, m in explicit(model).named_modules() if isinstance(m, TREATED) and m.weight.requires_grad}
+    """The modules that own a matrix; a weight that several share belongs to the first that is no table.
+
+    Of fused modules copies of their linear maps, by the layers' names.
+    """
+    found, model = {}, explicit(model)
+    for name, module in model.named_modules():
+        if isinstance(module, TREATED) and module.weight.requires_grad and sharing(model, module)[0] is module:
+            found[name] = module
+    return found
+
+
+def sharing(model: nn.Module, module: nn.Module) -> list[nn.Module]:
+    alike = [m for m in model.modules() if getattr(m, "weight", None) is module.weight]
+    return sorted(alike, key=lambda m: isinstance(m, nn.Embedding))
 
 
 def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,23 +180,26 @@ def kronecker_factors(
     x: Tensor,
     make_cotangents: Callable[[Tensor], Iterator[tuple[Tensor, float]]],
     reduced: Callable[[str], bool] = lambda name: False,
+    sides: str = "both",
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
     """Layer -> (A, G, T), A and G (groups, d, d): averages over samples, locations and calls.
 
-    The locations of layers that are ``reduced`` are averaged (inputs) and summed (gradients) beforehand.
+    The locations of layers that are ``reduced`` are averaged (inputs) and summed (gradients) beforehand. With the input
+    side alone the calls of a table that is the weight of a Linear say nothing.
     A norm has (its Fisher block, 1, 1.0): the 2 x 2 blocks of its channels, and zeros between them.
     """
-    calls: list[tuple[str, Tensor, Tensor]] = []
+    calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     handles = []
     model = explicit(model)
     modules = {name: m for name, m in treated(model).items() if not isinstance(m, NORMS)}
     for name, module in modules.items():
 
         def hook(m: nn.Module, inputs: tuple, out: Tensor, name: str = name) -> Tensor:
-            calls.append((name, inputs[0].detach().clone(), out))
+            calls.append((name, m, inputs[0].detach().clone(), out))
             return out.clone()  # so that an in-place activation leaves the recorded output alone
 
-        handles.append(module.register_forward_hook(hook))
+        users = [user for user in sharing(model, module) if sides == "both" or type(user) is type(module)]
+        handles += [user.register_forward_hook(hook) for user in users]
     logits = model(x)
     for handle in handles:
         handle.remove()
@@ -193,17 +208,26 @@ def kronecker_factors(
     counts = dict.fromkeys(modules, 0.0)
     for number, (cotangent, weight) in enumerate(make_cotangents(logits)):
         gradients = torch.autograd.grad(logits, [out for *_, out in calls], cotangent, retain_graph=True)
-        for (name, a, _), g in zip(calls, gradients, strict=True):
-            kept = reached(modules[name], a, g.shape[2:])
-            rows = output_rows(modules[name], g) * kept[..., None, None]
+        for (name, user, a, _), g in zip(calls, gradients, strict=True):
+            kept = reached(user, a, g.shape[2:])
+            rows, cut = output_rows(user, g) * kept[..., None, None], patches(user, a, g.shape[2:])
+            left, right = G[name], A[name]
+            if isinstance(user, nn.Embedding) and user is not modules[name]:  # a table that is the weight of a Linear
+                left, right = right, left
+                rows = torch.cat([rows, rows.new_zeros(*rows.shape[:3], int(_bias(modules[name]) is not None))], dim=3)
+                one_hot = torch.eye(user.num_embeddings).double()[a.reshape(len(a), -1, 1)]
+                cut = one_hot * kept[..., None, None]
             rows = rows.sum(1, keepdim=True) if reduced(name) else rows
-            G[name].append(torch.einsum("btgi,btgj->gij", rows, rows) * weight)
+            left.append(torch.einsum("btgi,btgj->gij", rows, rows) * weight)
             if number == 0:
-                cut = patches(modules[name], a, g.shape[2:])
                 cut = cut.sum(1, keepdim=True) / kept.sum(1)[:, None, None, None] if reduced(name) else cut
-                A[name].append(torch.einsum("btgi,btgj->gij", cut, cut))
+                right.append(torch.einsum("btgi,btgj->gij", cut, cut))
                 counts[name] += len(kept) if reduced(name) else float(kept.sum())
     result = {name: (sum(A[name]) / n, sum(G[name]) / n, n / x.shape[0]) for name, n in counts.items()}
+    for name, module in modules.items():
+        if type(module) is not type(sharing(model, module)[-1]):  # a token meets no other in the table
+            A_of, G_of, T = result[name]
+            result[name] = (A_of, G_of * torch.eye(G_of.shape[-1]).double(), T)
     for name, module in treated(model).items():
         if isinstance(module, NORMS):
             channels = torch.arange(theta(module, module.weight, _bias(module)).shape[2])
