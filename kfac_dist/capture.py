@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kfac_dist.compat import GradientEdge, gradient_edge, in_backward
 from kfac_dist.layers import Layer, Part
-from kfac_dist.layers.watch import Split
+from kfac_dist.layers.watch import Split, silenced
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Capture:
         self._handles.append(output_module.register_forward_hook(self._output_hook(output_module)))
 
     def _recording(self) -> bool:
-        return self.active and torch.is_grad_enabled()
+        return self.active and torch.is_grad_enabled() and not silenced()
 
     def wanted(self, names: Sequence[str]) -> bool:
         """See :class:`kfac_dist.layers.Record`."""
@@ -105,7 +105,7 @@ class Capture:
     def _output_pre_hook(self, output_module: nn.Module) -> Callable[..., None]:
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple) -> None:
-            if module is output_module:
+            if module is output_module and not silenced():
                 self._running.append(len(self.outputs))
 
         return hook
@@ -113,7 +113,7 @@ class Capture:
     def _output_hook(self, output_module: nn.Module) -> Callable[..., None]:
         @torch.compiler.disable
         def hook(module: nn.Module, args: tuple, output: object) -> None:
-            if module is not output_module or not self._running:
+            if module is not output_module or not self._running or silenced():
                 return
             # DDP calls the root of a LightningModule around its training_step, which calls it again: the inner call
             # returns the logits, and the outer one the loss, in whatever form (perhaps after clear()).

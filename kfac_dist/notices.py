@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from kfac_dist.layers import FoundLayers
+from kfac_dist.layers import FoundLayers, Layer
 
 
 class Notices:
@@ -38,8 +38,12 @@ class Notices:
             named = "; ".join(f"{name} ({what})" for name, what in found.reduced.items())
             self.once("reduced", f"factors larger than max_factor_dim: {named}")
 
-    def silent(self, names: Sequence[str], recomputed: Collection[str]) -> None:
-        """Name the layers whose hooks did not fire in the first curvature batch."""
+    def silent(self, silent: Sequence[Layer], recomputed: Collection[str]) -> None:
+        """Name the layers that were not recorded in the first curvature batch."""
+        troubled = [f"{layer.name} ({layer.trouble})" for layer in silent if layer.trouble is not None]
+        if troubled:
+            self.once("trouble", f"these layers keep their plain gradient: {'; '.join(troubled)}")
+        names = [layer.name for layer in silent if layer.trouble is None]
         if not names:
             return
         if any(name in recomputed for name in names):

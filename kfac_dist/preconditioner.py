@@ -281,10 +281,10 @@ class KFACPreconditioner:
             self._fisher.check_training_scale(grad_scale)
             if not self._one.update_factors(self._fisher.statistics):
                 return
-            silent = [name for name, state in self._one.states.items() if state.updates == 0]
+            silent = [layer for layer in self.layers if self._one.states[layer.name].updates == 0]
             self._notices.silent(silent, self._fisher.capture.recomputed)
             if silent and isinstance(lr, Optimizer):
-                self._check_rate_free(lr, silent)
+                self._check_rate_free(lr, [layer.name for layer in silent])
         if self._fisher.samples is not None:
             if empirical:
                 self._fisher.samples.rescale(1.0 / grad_scale)

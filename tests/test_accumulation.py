@@ -54,7 +54,7 @@ def window(
     """
     model = case.model()
     likelihood = "empirical" if fisher == "empirical" else case.likelihood
-    kfac = KFACPreconditioner(model, likelihood=likelihood, seed=3, damping=0.05, **options)
+    kfac = KFACPreconditioner(model, likelihood=likelihood, seed=3, damping=0.05, uncovered="diagonal", **options)
     total = sum(len(part) for part in parts)
     for number, part in enumerate(parts):
         x, y = inputs[number] if inputs else (case.x[part], case.y[part])

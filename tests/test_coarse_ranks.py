@@ -22,13 +22,14 @@ LAYERS = {"mlp-categorical": [(1, 6, 6), (1, 4, 6), (1, 3, 5)], "cnn": [(1, 4, 1
 LAYERS["tied"] = [(1, 4, 5), (1, 6, 5)]
 LAYERS["tokens"] = [(1, 4, 6), (1, 4, 5), (1, 5, 5), (1, 3, 6)]
 LAYERS["norms"] = [(1, 1, 8), (1, 5, 7), (1, 1, 5), (1, 1, 40), (1, 3, 21)]
+LAYERS["slopes"] = [(1, 6, 6), (1, 1, 6), (1, 4, 7), (1, 1, 1), (1, 3, 5)]
 """groups, d_out, d_in"""
 
 
 def run_of(case: str, space: str, k: int = 1, variant: str | None = None, fisher: str = "true", **more: Any) -> Run:
     options = {
         key: more.pop(key)
-        for key in ("kl_clip", "damping_method", "factor_sides", "max_factor_dim", "large_factors")
+        for key in ("kl_clip", "damping_method", "factor_sides", "uncovered", "max_factor_dim", "large_factors")
         if key in more
     }
     coarse = CoarseConfig(
@@ -45,6 +46,7 @@ RUNS = {
     "cnn bands": run_of("cnn", "spectral_bands", 2, kl_clip=0.01, damping_method="eigen"),
     "cnn empirical": run_of("cnn", "layer_step_residual", fisher="empirical", kl_clip=0.01),
     "norms": run_of("norms", "layer_step_momentum", kl_clip=0.01),
+    "slopes": run_of("slopes", "layer_step", uncovered="diagonal"),
     "tokens": run_of("tokens", "layer_step_residual", kl_clip=0.01),
     "tied": run_of("tied", "pcg", 2),
     "tied diagonal": run_of("tied", "spectral", 2, max_factor_dim=3, large_factors="diagonal"),

@@ -9,7 +9,7 @@ import torch
 
 from kfac_dist import KFACPreconditioner
 from tests.helpers.cases import Case, cases
-from tests.helpers.dense import NORMS, cotangents, gradient_matrix, kfac_direction, kronecker_factors, treated
+from tests.helpers.dense import JOINT, cotangents, gradient_matrix, kfac_direction, kronecker_factors, treated
 
 TOLERANCE = 1e-9
 ALL = cases()
@@ -17,7 +17,7 @@ ALL = cases()
 
 def directions(case: Case, **options: object) -> dict[str, torch.Tensor]:
     model = case.model()
-    kfac = KFACPreconditioner(model, seed=3, **options)
+    kfac = KFACPreconditioner(model, seed=3, uncovered="diagonal", **options)
     ids = torch.arange(100, 100 + len(case.x))
     logits = model(case.x)
     kfac.accumulate(sample_ids=ids)
@@ -41,7 +41,7 @@ def reference(case: Case, lam: float, method: str, sides: str, fisher: str, samp
     found = {}
     for name, module in treated(model).items():
         gradient = gradient_matrix(module)
-        if isinstance(module, NORMS):  # one factor: nothing to balance, and nothing that inputs alone tell
+        if isinstance(module, JOINT):  # one factor: nothing to balance, and nothing that inputs alone tell
             found[name] = gradient if sides == "input" else kfac_direction(*factors[name], gradient, lam, "eigen")
         else:
             found[name] = kfac_direction(*factors[name], gradient, lam, method, sides)

@@ -32,7 +32,15 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # Folders of alternatives: their files know base.py, never one another.
 REGISTRIES = ("layers", "likelihoods", "comm", "coarse")
 # What the files of such a folder share, beside its base.py.
-SHARED = ("layers.watch", "layers.linear_map", "layers.convolution", "layers.joint", "layers.recurrence", "layers.ties")
+SHARED = (
+    "layers.watch",
+    "layers.linear_map",
+    "layers.convolution",
+    "layers.joint",
+    "layers.recurrence",
+    "layers.repeat",
+    "layers.ties",
+)
 # What only these files and folders may import.
 ONLY_IN = {
     "pytorch_lightning": ("callbacks", "study", "launch"),

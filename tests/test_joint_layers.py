@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from kfac_dist.config import LayerOptions
 from kfac_dist.layers import Layer, Part, find_layers, layers
@@ -30,6 +31,74 @@ def with_these_statistics(module: nn.Module, x: Tensor) -> nn.Module:
     dims = [d for d in range(x.dim()) if d != 1]
     frozen.running_mean, frozen.running_var = x.mean(dims), x.var(dims, unbiased=False)
     return frozen.eval()
+
+
+def frozen(module: nn.Module, name: str) -> nn.Module:
+    module.get_parameter(name).requires_grad_(False)
+    return module
+
+
+class Affine(nn.Module):
+    def __init__(self, size: int, activation: Callable[[Tensor], Tensor] = lambda x: x, unused: int = 0) -> None:
+        super().__init__()
+        self.scale, self.offset = nn.Parameter(torch.randn(size)), nn.Parameter(torch.randn(1, size))
+        self.activation = activation
+        if unused:
+            self.unused = nn.Parameter(torch.ones(unused))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.activation(self.scale * x + self.offset)
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(5, 3))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.table[index].cos()
+
+
+class Container(nn.Module):
+    """A token in front of the sequence, positions, and layers whose parameters are their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 3)), nn.Parameter(torch.randn(3, 3))
+        self.inner = nn.Linear(3, 3)
+        self.register_buffer("shift", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        return self.inner(x).mul_(self.shift).tanh().sum(1)
+
+
+class LowRank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(3, 2)
+        self.factors = nn.ParameterDict({"down": torch.randn(2, 3), "up": torch.randn(2, 2)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.factors["down"].T @ self.factors["up"].T
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Cube(torch.autograd.Function):
+    """Of the old form, which torch.func refuses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 3 * g * ctx.saved_tensors[0] ** 2
 
 
 @dataclass(frozen=True)
@@ -94,6 +163,22 @@ EXAMPLES: dict[str, dict[str, Example]] = {
         ),
     },
 }
+EXAMPLES["generic"] = {
+    "one slope": Example(nn.PReLU, normal(4, 3)),
+    "slopes": Example(lambda: nn.PReLU(3), normal(4, 3, 5)),
+    "frozen offset": Example(lambda: frozen(Affine(3), "offset"), normal(4, 2, 3)),
+    "not linear in its parameters": Example(lambda: Affine(3, torch.tanh), normal(4, 2, 3)),
+    "a parameter that is not used": Example(lambda: Affine(3, unused=2), normal(4, 3)),
+    "lookup": Example(Lookup, torch.tensor([[0, 2], [4, 4], [1, 0], [2, 3]])),
+    "container": Example(Container, normal(4, 2, 3)),
+    "low rank": Example(LowRank, normal(4, 2, 3)),
+    "weight norm": Example(lambda: parametrizations.weight_norm(nn.Linear(3, 2)), normal(4, 3)),
+    "weight norm without bias": Example(
+        lambda: parametrizations.weight_norm(nn.Conv1d(3, 2, 2, bias=False)), normal(4, 3, 4)
+    ),
+    "linear with a forward of its own": Example(lambda: Doubled(3, 2), normal(4, 3)),
+    "not for vmap": Example(lambda: Affine(3, Cube.apply), normal(4, 2, 3)),
+}
 CASES = [(family, name) for family, examples in EXAMPLES.items() for name in examples]
 
 
@@ -123,7 +208,8 @@ def call(request: pytest.FixtureRequest) -> Call:
     example = EXAMPLES[family][name]
     torch.manual_seed(2)
     module = example.build().double()
-    (layer,), refused = find_layers(module, LayerOptions(norm_blocks="full", uncovered="diagonal"))
+    options = LayerOptions(norm_blocks="full", uncovered="diagonal", skip_layers="^Linear$")
+    (layer,), refused = find_layers(module, options)
     assert type(layer) is layers[family]
     assert refused == {}
     record = Recorder()
@@ -134,15 +220,15 @@ def call(request: pytest.FixtureRequest) -> Call:
     g = normal(*out.shape, seed=3)
     g = g.mT.contiguous().mT if g.dim() > 2 else g  # in the strides that autograd may deliver
     (part,) = record.split([g])
-    assert part.layer is layer
+    assert part.layer.name == layer.name
     assert part.g is g
     alone = example.alone(module, example.x)
     rows = []
     for b in range(len(example.x)):
         alone.zero_grad()
         alone(example.x[b : b + 1]).backward(g[b : b + 1])
-        trained = [p.grad for p in alone.parameters() if p.requires_grad]
-        rows.append(layer.to_matrix(*trained).flatten())
+        trained = [alone.get_parameter(name) for name in layer.names]
+        rows.append(layer.to_matrix(*[torch.zeros_like(p) if p.grad is None else p.grad for p in trained]).flatten())
     return Call(layer, part, record.output.detach(), torch.stack(rows))
 
 

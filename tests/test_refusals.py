@@ -52,7 +52,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: parametrizations.weight_norm(nn.Linear(4, 4)),
         {
             "0": "its weight is computed from other parameters (a parametrization)",
-            "0.parametrizations.weight": "no layer type is registered for ParametrizationList",
+            "0.parametrizations.weight": "0 computes with it: its weight is computed from other parameters "
+            "(a parametrization)",
         },
     ),
     "own embedding": (
@@ -90,7 +91,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: parametrizations.spectral_norm(nn.LayerNorm(4)),
         {
             "0": "its scale or shift is computed from other parameters (a parametrization)",
-            "0.parametrizations.weight": "no layer type is registered for ParametrizationList",
+            "0.parametrizations.weight": "0 computes with it: its scale or shift is computed from other parameters "
+            "(a parametrization)",
         },
     ),
     "activation": (lambda: nn.PReLU(), {"0": "no layer type is registered for PReLU"}),

@@ -14,6 +14,7 @@ from kfac_dist.layers import (  # noqa: F401 - imported for their registration
     conv,
     conv_transpose,
     embedding,
+    generic,
     linear,
     norm,
     recurrent,
@@ -81,7 +82,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
             if tie.layer is not None and tie.layer.module is module:
                 _take(tie.layer, options, found)
             continue
-        family, reason = family_of(module)
+        family, reason = family_of(module, anything=options.uncovered == "diagonal")
         if family is None:
             found.refused[name] = reason
             continue

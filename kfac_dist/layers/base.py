@@ -50,6 +50,12 @@ class Layer(ABC):
     uses: Sequence[Layer] = ()
     """The calls of other modules that share the weight, each with a forward of its own and this layer's name."""
 
+    last_resort: bool = False
+    """Whether the family takes modules of any kind, and so is asked last, and where it is wanted only."""
+
+    trouble: str | None = None
+    """Why the layer's calls cannot be recorded, where only a call could tell: it keeps its plain gradient then."""
+
     def __init__(
         self,
         name: str,
@@ -326,9 +332,10 @@ def claims_of(module: nn.Module) -> list[nn.Module]:
     return [child for key in layers for child in layers[key].claims(module)]
 
 
-def family_of(module: nn.Module) -> tuple[type[Layer] | None, str]:
-    """The family that treats a module, and otherwise why none does."""
-    reasons = [(layers[key], layers[key].refusal(module)) for key in layers]
+def family_of(module: nn.Module, anything: bool = False) -> tuple[type[Layer] | None, str]:
+    """The family that treats a module, and otherwise why none does; ``anything``: ask the last resort too."""
+    families = sorted((layers[key] for key in layers), key=lambda cls: cls.last_resort)
+    reasons = [(cls, cls.refusal(module)) for cls in families if anything or not cls.last_resort]
     family = next((cls for cls, reason in reasons if reason is None), None)
-    specific = next((reason for _, reason in reasons if reason), "")
+    specific = next((reason for _, reason in reversed(reasons) if reason), "")
     return family, specific or f"no layer type is registered for {type(module).__name__}"

@@ -52,7 +52,9 @@ def find_ties(modules: Sequence[Named], options: LayerOptions) -> Mapping[nn.Mod
     claims = {module: claims_of(module) for _, module in modules}
     claimed = {child for children in claims.values() for child in children}
     for name, module in modules:
-        own = [] if module in claimed else list(module._parameters.items())
+        if module in claimed:
+            continue
+        own = list(module._parameters.items())
         own += [(f"its {key}", p) for child in claims[module] for key, p in child._parameters.items()]
         for key, parameter in own:
             if parameter is not None and parameter.requires_grad:

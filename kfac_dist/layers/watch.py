@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +21,25 @@ class Part(NamedTuple):
     layer: Layer
     x: Tensor
     g: Tensor
+
+
+_state = threading.local()
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Hooks of this thread record nothing inside: a forward is only repeated."""
+    before = silenced()
+    _state.silent = True
+    try:
+        yield
+    finally:
+        _state.silent = before
+
+
+def silenced() -> bool:
+    """Whether hooks have to ignore what goes on."""
+    return getattr(_state, "silent", False)
 
 
 Split = Callable[[Sequence[Tensor | None]], Sequence[Part]]

@@ -154,6 +154,11 @@ def cnn() -> nn.Module:
     )
 
 
+def slopes() -> nn.Module:
+    """With parameters of no layer type's, for ``uncovered="diagonal"``."""
+    return nn.Sequential(nn.Linear(5, 6), nn.PReLU(6), nn.Linear(6, 4), nn.PReLU(init=0.1), nn.Linear(4, 3))
+
+
 def norms() -> nn.Module:
     """For inputs (B, 4, 6); scale and shift away from 1 and 0."""
     net = nn.Sequential(
@@ -191,6 +196,7 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "sequences": Case(Sequences, normal(batch, 4, 6), classes(batch, 6), "categorical"),
         "tokens": Case(Tokens, torch.randint(0, 7, (batch, 5), generator=generator), classes(batch), "categorical"),
         "convolutions": Case(Convolutions, normal(batch, 2, 2, 1, 2), classes(batch), "categorical"),
+        "slopes": Case(slopes, flat, classes(batch), "categorical"),
         "norms": Case(norms, normal(batch, 4, 6), classes(batch), "categorical"),
         "attention": Case(Attending, normal(batch, 4, 3), classes(batch), "categorical"),
         "recurrent": Case(Recurrent, normal(batch, 4, 3), classes(batch), "categorical"),

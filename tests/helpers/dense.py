@@ -18,8 +18,9 @@ from tests.helpers.explicit import explicit
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, *NORMS)
+# Layers with one factor, their Fisher block; of PReLU, which no layer type treats, its diagonal.
+JOINT = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
+TREATED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, nn.Embedding, *JOINT)
 
 
 def treated(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,7 +42,7 @@ def sharing(model: nn.Module, module: nn.Module) -> list[nn.Module]:
 
 def theta(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[W | b] with the bias as the last column, (groups, d_out, d_in); one row where the block has one factor."""
-    if isinstance(module, NORMS):
+    if isinstance(module, JOINT):
         return torch.cat([part.flatten() for part in (weight, bias) if part is not None])[None, None]
     if isinstance(module, nn.Embedding):  # a column per token, but for padding
         return weight[[v for v in range(len(weight)) if v != module.padding_idx]].T[None]
@@ -186,12 +187,12 @@ def kronecker_factors(
 
     The locations of layers that are ``reduced`` are averaged (inputs) and summed (gradients) beforehand. With the input
     side alone the calls of a table that is the weight of a Linear say nothing.
-    A norm has (its Fisher block, 1, 1.0): the 2 x 2 blocks of its channels, and zeros between them.
+    What has one factor has (that, 1, 1.0): the blocks of scale and shift of every channel, and zeros between them.
     """
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []
     handles = []
     model = explicit(model)
-    modules = {name: m for name, m in treated(model).items() if not isinstance(m, NORMS)}
+    modules = {name: m for name, m in treated(model).items() if not isinstance(m, JOINT)}
     for name, module in modules.items():
 
         def hook(m: nn.Module, inputs: tuple, out: Tensor, name: str = name) -> Tensor:
@@ -229,7 +230,7 @@ def kronecker_factors(
             A_of, G_of, T = result[name]
             result[name] = (A_of, G_of * torch.eye(G_of.shape[-1]).double(), T)
     for name, module in treated(model).items():
-        if isinstance(module, NORMS):
+        if isinstance(module, JOINT):
             channels = torch.arange(theta(module, module.weight, _bias(module)).shape[2])
             channels %= module.weight.numel()
             block = fisher_block(model, module, x, list(make_cotangents(logits)))
