@@ -18,7 +18,7 @@ from kfac_dist.config import LayerOptions
 from kfac_dist.layers import find_layers
 from tests.helpers.cases import Case, cases
 from tests.helpers.dense_coarse import SEED
-from tests.test_joint_layers import Affine, Container, LowRank
+from tests.test_joint_layers import Affine, Container, Cube, LowRank
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(8) % 3
@@ -197,10 +197,12 @@ def test_what_only_a_call_can_tell_stays_plain_with_a_warning(name: str, likelih
     plain = copy.deepcopy(model)
     torch.manual_seed(1)
     F.cross_entropy(plain(X), Y).backward()
+    stream = torch.get_rng_state()
     torch.manual_seed(1)
     kfac = KFACPreconditioner(model, likelihood, uncovered="diagonal", factor_every_n_steps=1)
     with pytest.warns(UserWarning, match=rf"^these layers keep their plain gradient: inner \({reason}"):
         one_step(kfac, model)
+    assert torch.equal(torch.get_rng_state(), stream)
     assert torch.equal(model.inner.gate.grad, plain.inner.gate.grad)
     assert not torch.equal(model.last.weight.grad, plain.last.weight.grad)
     for one, other in zip(model.buffers(), plain.buffers(), strict=True):
@@ -222,13 +224,19 @@ class Ticking(nn.Module):
         return self.linear(x)
 
 
+class OldCube(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Cube.apply(x)
+
+
 @pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
-@pytest.mark.parametrize("root", [False, True])
-def test_a_repeated_forward_is_not_recorded_and_leaves_no_trace(likelihood: str, root: bool) -> None:
+@pytest.mark.parametrize("kind", ["root", "inner", "sample by sample"])
+def test_a_repeated_forward_is_not_recorded_and_leaves_no_trace(likelihood: str, kind: str) -> None:
     """The children's statistics, gradients, buffers and the random stream are what they are without it."""
     torch.manual_seed(0)
-    inner = Counting(Ticking())
-    model = (Gate(nn.Sequential(Ticking(), nn.Tanh())) if root else nn.Sequential(inner, nn.Linear(4, 4))).double()
+    inner = Counting(nn.Sequential(Ticking(), OldCube()) if kind == "sample by sample" else Ticking())
+    root = Gate(nn.Sequential(Ticking(), nn.Tanh()))
+    model = (root if kind == "root" else nn.Sequential(inner, nn.Linear(4, 4))).double()
     other = copy.deepcopy(model)
     covered = step(model, likelihood, fisher_samples=2)
     states = torch.get_rng_state()
