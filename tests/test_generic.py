@@ -25,7 +25,7 @@ Y = torch.arange(8) % 3
 
 
 class Gate(nn.Module):
-    """A parameter of its own, beside a body."""
+    """A parameter of its own, before and behind a body."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Gate(nn.Module):
         self.gate = nn.Parameter(torch.ones(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) * self.gate
+        return self.body(x * self.gate) * self.gate
 
 
 class Counting(Gate):
