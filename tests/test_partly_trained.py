@@ -55,7 +55,7 @@ def frozen(*names: str) -> nn.Module:
 
 
 COMPUTED = "its weight is computed from other parameters (a parametrization)"
-LIST = "no layer type is registered for ParametrizationList"
+LIST = f"0 computes with it: {COMPUTED}"
 # First module of a net -> covered layers in it, and reasons.
 BUILDS: dict[str, tuple[Callable[[], nn.Module], list[str], dict[str, str]]] = {
     "weight norm": (
