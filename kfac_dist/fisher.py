@@ -209,9 +209,22 @@ class Fisher:
         """One draw of one call into the sums and, within the quota, to the coarse level's samples."""
         for index, part in enumerate(parts):
             if first:
+                self._check_shared(part, batch)
                 self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
             self.statistics.add_output(part, batch, weight)
             self._keep(batch, (call.number, index), part, weight**0.5)
+
+    def _check_shared(self, part: Part, batch: MicroBatch) -> None:
+        """Where an output serves all samples, only the sum of their gradients is known: sampled targets make do."""
+        sampled = not self._empirical and self._config.fisher_samples != "exact"
+        if (sampled and self.samples is None) or not part.layer.shared(part.x, batch.size):
+            return
+        who = "the coarse level" if sampled else "this Fisher"
+        raise ValueError(
+            f"layer {part.layer.name!r} was called with an input of shape {tuple(part.x.shape)} for {batch.size} "
+            f"samples: its output is shared by them, and {who} must tell their gradients apart. Expand the input, as "
+            "in positions.expand(batch, -1), or add the layer to skip_layers"
+        )
 
     def _gradients_at(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> Sequence[Tensor | None]:
         edges = [edge for call in calls for edge in call.edges]
@@ -269,6 +282,7 @@ class Fisher:
         device = self.capture.outputs[index].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
             for number, part in enumerate(call.parts(gradients)):
+                self._check_shared(part, batch)
                 self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
                 self.statistics.add_output(part, batch, 1.0, scale)
                 self._keep(batch, (call.number, number), part, scale)

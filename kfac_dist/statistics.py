@@ -81,14 +81,18 @@ class MicroBatch:
         )
 
 
-def samples_of(layer: Layer, rows: int, batch: MicroBatch) -> int | None:
+def samples_of(layer: Layer, rows: int, batch: MicroBatch, shared: bool = False) -> int | None:
     """How many samples the rows of a layer belong to, where their locations are to be averaged; else None.
+
+    The rows of a shared call are those of one sample.
 
     Raises:
         ValueError: the rows cannot be told apart by sample.
     """
     if layer.approximation == "expand":
         return None
+    if shared:
+        return 1
     if rows % batch.size:
         raise ValueError(
             f"layer {layer.name!r} has {rows} rows for {batch.size} samples: kfac_approx='reduce' must tell samples "
@@ -144,16 +148,18 @@ class Statistics:
             return
         if layer.input_side == "G" and not self._output_side:
             return
-        reached, weights = layer.row_weights(x, batch.size), batch.row_weights(layer, rows)
+        shared = layer.shared(x, batch.size)
+        reached, weights = layer.row_weights(x), None if shared else batch.row_weights(layer, rows)
         if reached is not None:
             weights = reached if weights is None else reached & weights.bool()
-        samples = samples_of(layer, rows, batch)
+        samples = samples_of(layer, rows, batch, shared)
         moment = layer.input_moment(x, statistics_dtype(layer.dtype), weights, samples)
-        _add(self._inputs, (layer.name, layer.input_side), moment)
+        times = batch.valid if shared else 1.0  # every sample has the rows of a shared call
+        _add(self._inputs, (layer.name, layer.input_side), moment * times)
         if samples is not None:
             self.rows[layer.name] += batch.valid
         else:
-            self.rows[layer.name] += rows if weights is None else float(weights.sum())
+            self.rows[layer.name] += times * (rows if weights is None else float(weights.sum()))
 
     def add_output(self, part: Part, batch: MicroBatch, weight: float, scale: float = 1.0) -> None:
         """Add one draw of the output gradient of one call.
@@ -170,7 +176,10 @@ class Statistics:
             moment = layer.gradient_moment(x, g.to(dtype), batch.size, dtype)
             _add(self._gradients, (layer.name, "A"), moment * (weight * scale**2))
         elif self._output_side:
-            moment = layer.output_moment(g.to(dtype), dtype, samples_of(layer, layer.rows(g), batch))
+            # The gradient of a shared call is a sum over samples. At sampled targets they are independent with mean 0,
+            # and the moment of the sum is, in expectation, the sum of the moments.
+            samples = samples_of(layer, layer.rows(g), batch, layer.shared(x, batch.size))
+            moment = layer.output_moment(g.to(dtype), dtype, samples)
             side: Side = "G" if layer.input_side == "A" else "A"
             _add(self._gradients, (layer.name, side), moment * (weight * scale**2))
 

@@ -154,24 +154,57 @@ class Positions(nn.Module):
         return self.head(torch.tanh(self.tokens(x) + self.positions(positions)).sum(1))
 
 
-@pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
+SHARED_REFUSED = {
+    "empirical": ({"likelihood": "empirical"}, "this Fisher"),
+    "exact": ({"likelihood": "categorical", "fisher_samples": "exact"}, "this Fisher"),
+    "two levels": ({"likelihood": "categorical", "coarse": "layer_step"}, "the coarse level"),
+}
+
+
+@pytest.mark.parametrize("kind", SHARED_REFUSED)
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("batch", [3, 4])
-def test_positions_that_all_samples_share_are_named(batch: int, flat: bool, likelihood: str) -> None:
+def test_positions_that_all_samples_share_are_named(batch: int, flat: bool, kind: str) -> None:
     """Also where their number is a multiple of the batch."""
     x, y = integers(6, batch, 8), integers(3, batch)
     shape = r"\(8,\)" if flat else r"\(1, 8\)"
-    kfac = KFACPreconditioner(Positions(False, flat), likelihood=likelihood)
+    options, who = SHARED_REFUSED[kind]
+    kfac = KFACPreconditioner(Positions(False, flat), **options)
     with pytest.raises(
         ValueError,
-        match=rf"'positions' was called with indices of shape {shape} for {batch} samples.*"
-        r"Expand the indices, as in positions.expand\(batch, -1\), or add the layer to skip_layers",
+        match=rf"'positions' was called with an input of shape {shape} for {batch} samples.*{who} must tell .* apart. "
+        r"Expand the input, as in positions.expand\(batch, -1\), or add the layer to skip_layers",
     ):
         one_step(kfac, x, y)
     kfac.close()
-    one_step(KFACPreconditioner(Positions(True, flat), likelihood=likelihood), x, y)
-    one_step(KFACPreconditioner(Positions(False, flat), likelihood=likelihood, skip_layers="positions"), x, y)
-    one_step(KFACPreconditioner(Positions(False, flat), likelihood=likelihood), x[:1], y[:1])  # one sample: its own
+    one_step(KFACPreconditioner(Positions(True, flat), **options), x, y)
+    one_step(KFACPreconditioner(Positions(False, flat), **options, skip_layers="positions"), x, y)
+    one_step(KFACPreconditioner(Positions(False, flat), **options), x[:1], y[:1])  # one sample: its own
+
+
+@pytest.mark.parametrize(
+    ("flat", "batch", "approximation"), [(True, 4, "expand"), (False, 8, "expand"), (True, 3, "reduce")]
+)
+def test_shared_positions_have_in_expectation_the_factors_of_expanded_ones(
+    flat: bool, batch: int, approximation: str
+) -> None:
+    """A and T are the same; G of one draw is made of sums over the samples, whose cross terms average out."""
+    x, y = integers(6, batch, 8), integers(3, batch)
+
+    def factors(expand: bool, draws: int) -> dict:
+        torch.manual_seed(3)
+        kfac = KFACPreconditioner(
+            Positions(expand, flat).double(), "categorical", fisher_samples=draws, kfac_approx=approximation
+        )
+        one_step(kfac, x, y)
+        return kfac.state_dict()["layers"]["positions"]["factors"]
+
+    shared, own = factors(False, 800), factors(True, 800)
+    assert torch.allclose(shared["A"], own["A"], rtol=1e-12)
+    assert shared["locations"] == own["locations"]
+    error = (shared["G"] - own["G"]).norm() / own["G"].norm()
+    assert error < 0.08  # of 800 draws
+    assert (factors(False, 1)["G"] - own["G"]).norm() > 2 * error * own["G"].norm()  # one draw is far noisier
 
 
 class Largest(TorchDispatchMode):

@@ -126,13 +126,13 @@ class Layer(ABC):
         """
         return watch_calls(self, record)
 
-    def row_weights(self, x: Tensor, samples: int) -> Tensor | None:
-        """Zeros and ones (R,): the rows of a call that reach the parameters; None: all of them.
-
-        Raises:
-            ValueError: the call cannot belong to so many samples.
-        """
+    def row_weights(self, x: Tensor) -> Tensor | None:
+        """Zeros and ones (R,): the rows of a call that reach the parameters; None: all of them."""
         return None
+
+    def shared(self, x: Tensor, samples: int) -> bool:
+        """Whether one output serves so many samples at once (positions), so that its gradient is the sum of theirs."""
+        return False
 
     @classmethod
     def use_of(cls, owner: Layer, module: nn.Module) -> Layer | None:

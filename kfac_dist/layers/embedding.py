@@ -81,23 +81,26 @@ class EmbeddingLayer(Layer):
         """See :meth:`Layer.watch`; what arrives where a token is padding reaches no parameter."""
 
         def part(x: Tensor, g: Tensor) -> Part:
-            kept = self.row_weights(x, 1)
+            kept = self.row_weights(x)
             return Part(self, x, g if kept is None else g * kept.view(*x.shape, 1))
 
         return watch_calls(self, record, part)
 
-    def row_weights(self, x: Tensor, samples: int) -> Tensor | None:
+    def row_weights(self, x: Tensor) -> Tensor | None:
         """See :meth:`Layer.row_weights`."""
+        return None if self.module.padding_idx is None else x.reshape(-1) != self.module.padding_idx
+
+    def shared(self, x: Tensor, samples: int) -> bool:
+        """Indices without a batch dimension: known by their shape or, where that is no proof, by their running on.
+
+        As many flat indices as samples are taken for one of each.
+        """
         tokens = x.reshape(-1)
-        if samples > 1 and len(tokens) != samples:
-            positions = torch.arange(len(tokens), device=x.device) + tokens[:1]
-            if len(tokens) % samples or torch.equal(tokens, positions):
-                raise ValueError(
-                    f"layer {self.name!r} was called with indices of shape {tuple(x.shape)} for {samples} samples: "
-                    "what it returns is shared by the samples, and their gradients cannot be told apart. Expand the "
-                    "indices, as in positions.expand(batch, -1), or add the layer to skip_layers"
-                )
-        return None if self.module.padding_idx is None else tokens != self.module.padding_idx
+        if samples == 1 or (len(tokens) == samples and x.dim() == 1):
+            return False
+        if x.shape[0] == 1 or len(tokens) % samples:
+            return True
+        return torch.equal(tokens, torch.arange(len(tokens), device=x.device) + tokens[:1])
 
     def input_rows(self, x: Tensor) -> Tensor:
         """The one-hot vectors, (1, R, V): what the moment counts without them, and nothing for a large V."""
