@@ -54,7 +54,7 @@ class Row:
     def cells(self) -> list[str]:
         """The row of the table, in the order of its columns."""
         sides = [_order(self.factors[side]) if side in self.factors else "" for side in SIDES]
-        sizes = [_bytes(number) if self.covered else "" for number in (self.factor_bytes, self.inverse_bytes)]
+        sizes = [_bytes(number) if self.factors else "" for number in (self.factor_bytes, self.inverse_bytes)]
         return [self.name, self.kind, self.treatment, f"{self.parameters:,}", *sides, *sizes, self.owner]
 
 
@@ -120,10 +120,13 @@ def summarise(
     by_module: dict[int, list[Layer]] = {}
     for layer in found.layers:
         by_module.setdefault(id(layer.module), []).append(layer)
+    owners = {id(use.module): layer.name for layer in found.layers for use in layer.uses}
     rows, counted = [], {id(parameter) for layer in found.layers for parameter in layer.parameters}
     for raw_name, module in model.named_modules():
         name = clean_name(raw_name)
         rows += [_layer_row(layer, assignment, dtype, eigen) for layer in by_module.get(id(module), ())]
+        if id(module) in owners:
+            rows.append(Row(name, type(module).__name__, f"K-FAC, as a use of {owners[id(module)]}", True, 0, {}))
         own = [p for p in module._parameters.values() if p is not None and id(p) not in counted]
         counted |= {id(parameter) for parameter in own}
         reason = found.refused.get(name) or found.skipped.get(name)
@@ -183,7 +186,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _order(shape: FactorShape) -> str:
-    text = f"{shape.dim}" if shape.blocks == 1 else f"{shape.blocks} x {shape.size}"
+    if shape.blocks == 1:
+        text = f"{shape.dim}"
+    else:
+        text = f"{shape.dim} diag" if shape.size == 1 else f"{shape.blocks} x {shape.size}"
     return text if shape.groups == 1 else f"{shape.groups} * {text}"
 
 

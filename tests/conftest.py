@@ -10,11 +10,23 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.helpers.conformance import table
 from tests.helpers.ranks import RankPool
 
 torch.set_num_threads(1)  # tiny matrices: threads that wait for each other spin, 100 times slower on a busy machine
 settings.register_profile("repository", deadline=None, derandomize=True)
 settings.load_profile("repository")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--conformance", action="store_true", help="print the largest error of every check of every layer")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--conformance"):
+        terminalreporter.section("conformance")
+        for line in table():
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from kfac_dist.config import LayerOptions
 from kfac_dist.layers import Layer, Part, find_layers, layers
 from kfac_dist.layers.watch import Split
+from tests.helpers.conformance import agree
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -243,7 +244,7 @@ def test_the_moment_is_that_of_the_samples_gradients(call: Call) -> None:
             wanted = torch.stack([dense[i : i + size, i : i + size] for i in range(0, len(dense), size)])
             found = layer.gradient_moment(call.part.x, call.part.g, samples, torch.float64)
             assert found.shape == layer.factors["A"].stored
-            assert torch.allclose(found, wanted, rtol=0, atol=1e-12 * float(dense.abs().max()))
+            agree(layer, "moments", found / dense.abs().max(), wanted / dense.abs().max(), 1e-13)
 
 
 def test_blocks_are_as_the_options_say(call: Call) -> None:
@@ -270,7 +271,7 @@ def test_forward_with_is_the_forward(call: Call) -> None:
     jacobian = call.gradients.sum(0)
     for vector in (theta, other):  # <g, J v> = <J^T g, v>
         product = (layer.forward_with(x, vector) * call.part.g).sum()
-        assert torch.allclose(product, jacobian @ vector.flatten(), rtol=1e-11, atol=1e-12)
+        agree(layer, "forward with Theta", product, jacobian @ vector.flatten(), 1e-12)
     both = layer.forward_with(x, theta + 2 * other)
     parts = layer.forward_with(x, theta) + 2 * layer.forward_with(x, other)
     assert torch.allclose(both, parts, rtol=0, atol=1e-11)
@@ -286,7 +287,7 @@ def test_parameter_gradient_is_autograds(call: Call) -> None:
     found = call.layer.parameter_gradient(call.part.x, call.part.g)
     assert found.shape == call.layer.shape
     wanted = call.gradients.sum(0)
-    assert torch.allclose(found.flatten(), wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+    agree(call.layer, "sum of g a^T", found.flatten() / wanted.abs().max(), wanted / wanted.abs().max(), 1e-13)
 
 
 def test_matrix_round_trip_and_gradients(call: Call) -> None:

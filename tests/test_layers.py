@@ -13,6 +13,7 @@ from kfac_dist import KFACPreconditioner
 from kfac_dist.factors import FactorShape
 from kfac_dist.layers import Layer, find_layers, layers
 from tests.helpers.cases import Shared
+from tests.helpers.conformance import agree
 from tests.helpers.dense import output_rows, patches
 from tests.test_joint_layers import EXAMPLES as JOINT
 from tests.test_layers_of_several import SEVERAL
@@ -211,7 +212,7 @@ def test_moments_are_those_of_the_jacobian(case: tuple[Layer, Example, Tensor]) 
     assert rows.shape[2] == layer.input_dim
     assert layer.rows(g) == rows.shape[1]
     moment = layer.input_moment(example.x, torch.float64)
-    assert torch.allclose(moment, stored(rows.mT @ rows, layer.factors["A"]), rtol=0, atol=1e-12)
+    agree(layer, "moments", moment, stored(rows.mT @ rows, layer.factors["A"]), 1e-13)
     plain = rows[..., :-1] if layer.has_bias else rows
     if layer.has_weight:
         assert torch.allclose(layer.input_rows(example.x), plain, rtol=0, atol=1e-13)  # also in this order
@@ -221,7 +222,7 @@ def test_moments_are_those_of_the_jacobian(case: tuple[Layer, Example, Tensor]) 
     assert torch.allclose(masked, wanted, rtol=0, atol=1e-12)
     outputs = g.movedim(example.channels, -1).reshape(-1, layer.groups, layer.output_dim).transpose(0, 1)
     assert torch.equal(layer.output_rows(g), outputs)
-    assert torch.allclose(layer.output_moment(g, torch.float64), outputs.mT @ outputs, rtol=0, atol=1e-12)
+    agree(layer, "moments", layer.output_moment(g, torch.float64), outputs.mT @ outputs, 1e-13)
 
 
 def test_forward_with_is_the_forward(case: tuple[Layer, Example, Tensor]) -> None:
@@ -234,7 +235,7 @@ def test_forward_with_is_the_forward(case: tuple[Layer, Example, Tensor]) -> Non
         out = layer.module(example.x)
     theta = layer.to_matrix(*layer.views)
     assert theta.shape == layer.shape
-    assert torch.allclose(layer.forward_with(example.x, theta), out, rtol=0, atol=1e-13)
+    agree(layer, "forward with Theta", layer.forward_with(example.x, theta).reshape(out.shape), out, 1e-13)
     other = normal(*layer.shape, seed=5)
     both = layer.forward_with(example.x, theta + other)
     assert torch.allclose(both - out, layer.forward_with(example.x, other), rtol=0, atol=1e-12)
@@ -244,7 +245,7 @@ def test_trap_4_samples_and_locations_lie_alike_on_both_sides(case: tuple[Layer,
     """sum over rows of g a^T is autograd's gradient only when row r of one side belongs to row r of the other."""
     layer, example, g = case
     wanted = layer.to_matrix(*torch.autograd.grad(layer.module(example.x), layer.parameters, g))
-    assert torch.allclose(layer.parameter_gradient(example.x, g), wanted, rtol=0, atol=1e-12)
+    agree(layer, "sum of g a^T", layer.parameter_gradient(example.x, g), wanted, 1e-13)
     if layer.has_weight:
         product = layer.output_rows(g).mT @ layer.input_rows(example.x)
         assert torch.allclose(product, wanted[..., :-1] if layer.has_bias else wanted, rtol=0, atol=1e-12)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kfac_dist.layers import Layer, Part, find_layers, layers
 from kfac_dist.layers.watch import Split
+from tests.helpers.conformance import agree
 from tests.helpers.explicit import explicit, linear
 
 B = 3
@@ -213,14 +214,14 @@ def test_inputs_and_gradients_are_those_of_the_maps_written_out(case: tuple[nn.M
         (part,) = parts[layer.name]
         x, out, g = wanted[layer.name]
         assert part.x.shape[:2] == part.g.shape[:2] == x.shape[:2]
-        assert torch.allclose(part.x, x, rtol=0, atol=1e-12)
-        assert torch.allclose(part.g, g, rtol=0, atol=1e-12)
+        agree(layer, "x and g", part.x, x, 1e-12)
+        agree(layer, "x and g", part.g, g, 1e-12)
         assert g.abs().max() > 1e-3 or layer.name == "k_proj"  # the softmax does not see a constant
         theta = layer.to_matrix(*layer.views)
         frozen = linear(layer.part(layer.weight), None)
         rest = out - layer.forward_with(part.x, theta)  # what is frozen is left out
         if layer.has_weight and layer.has_bias:
-            assert rest.abs().max() < 1e-12
+            agree(layer, "forward with Theta", rest, torch.zeros_like(rest), 1e-12)
         elif layer.has_bias:
             assert torch.allclose(rest, frozen(x), rtol=0, atol=1e-12)
         other = normal(*layer.shape, seed=6)
@@ -228,9 +229,9 @@ def test_inputs_and_gradients_are_those_of_the_maps_written_out(case: tuple[nn.M
         assert torch.allclose(both, layer.forward_with(part.x, other), rtol=0, atol=1e-12)
         columns = [x] * layer.has_weight + [torch.ones_like(x[..., :1])] * layer.has_bias
         a = torch.cat(columns, -1).flatten(0, 1)
-        assert torch.allclose(layer.input_moment(part.x, torch.float64), a.T @ a, rtol=0, atol=1e-11)
+        agree(layer, "moments", layer.input_moment(part.x, torch.float64)[0], a.T @ a, 1e-12)
         rows = g.flatten(0, 1)
-        assert torch.allclose(layer.output_moment(part.g, torch.float64), rows.T @ rows, rtol=0, atol=1e-11)
+        agree(layer, "moments", layer.output_moment(part.g, torch.float64)[0], rows.T @ rows, 1e-12)
 
 
 def test_sums_of_g_a_are_the_gradients_of_autograd(case: tuple[nn.Module, Example, list[Layer]]) -> None:
@@ -246,7 +247,7 @@ def test_sums_of_g_a_are_the_gradients_of_autograd(case: tuple[nn.Module, Exampl
             parameter.grad = gradient
         for layer in found:
             total = sum(layer.parameter_gradient(part.x, part.g) for part in parts[layer.name])
-            assert torch.allclose(total, layer.gradient(), rtol=0, atol=1e-12), layer.name
+            agree(layer, "sum of g a^T", total, layer.gradient(), 1e-12)
 
 
 def test_the_layers_hold_every_trained_entry_once(case: tuple[nn.Module, Example, list[Layer]]) -> None:

@@ -45,6 +45,18 @@ def test_every_module_with_parameters_has_a_row_with_its_reason() -> None:
     assert all(name in text for name in ("Scale", "skip_layers", "frozen", "2 x 3"))
 
 
+def test_a_tied_weight_has_one_row_that_counts_and_one_for_each_other_use() -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
+    net[1].weight = net[0].weight
+    summary = inspect(net, KFACConfig())
+    assert [(row.name, row.treatment, row.parameters) for row in summary.rows] == [
+        ("0", "K-FAC, as a use of 1", 0),
+        ("1", "K-FAC", 28),
+    ]
+    assert summary.rows[1].cells()[4:6] == ["4", "7 diag"]
+    assert summary.share == 1.0
+
+
 def test_bytes_are_those_of_the_tensors_that_are_held() -> None:
     for options in ({"damping_method": "factored"}, {"damping_method": "eigen"}, {"factor_sides": "input"}):
         net = model().double()
