@@ -304,7 +304,7 @@ class KFACPreconditioner:
         two, samples = self._two, self._samples
         if two is None or samples is None:
             return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr)
-        one = self._one
+        one, taken = self._one, True
         for _ in range(MAX_REJECTIONS):
             lam = two.damping(self._step, damping)
             fine = Fine(
@@ -334,9 +334,13 @@ class KFACPreconditioner:
             if two.trust.judge(ratio):
                 break
             two.discard()
+        else:  # every attempt would have raised the loss: the damping has grown, and the next batch has another try
+            update, taken = update.abandoned(), False
+            two.abandoned += 1
         two.report_coefficients(correction)
         two.report |= {"coarse/damping": lam, "coarse/failures": two.failures, "coarse/dimension": two.dimension}
-        finite = two.space.uses_momentum and bool(torch.isfinite(update.products).all())
+        two.report |= {"coarse/abandoned": two.abandoned}
+        finite = two.space.uses_momentum and taken and bool(torch.isfinite(update.products).all())
         two.remember(update.directions, update.scale, update.corrected, finite)
         return update
 

@@ -27,7 +27,7 @@ class LevenbergMarquardt:
 
     Every 5 steps, rho = true decrease of the loss / predicted decrease: above 3/4 the damping is multiplied by omega,
     below 1/4 divided by it. A step that would INCREASE the loss is rejected: four times the damping, and another try,
-    up to 8 of them; the last one is taken as it is.
+    up to 8 of them; then no step is taken.
     The first 20 steps are all checked, as the damping is a guess at first, and so is the step after a rejection.
 
     Attributes:

@@ -45,6 +45,7 @@ class TwoLevel:
         self.config = config
         self.space = space
         self.failures = 0
+        self.abandoned = 0  # steps that were not taken, as every damping that was tried would have raised the loss
         self.solves = 0
         self.momentum: dict[str, Tensor] | None = None
         self.report: dict[str, MetricValue] = {}
@@ -333,6 +334,7 @@ class TwoLevel:
             "again": self.trust.again,
             "failures": self.failures,
             "solves": self.solves,
+            "abandoned": self.abandoned,
             "momentum": None if self.momentum is None else dict(self.momentum),
             "kept": None if self._kept is None else {"layers": self._kept[0], "coefficients": self._kept[1]},
             "has_loss": self.has_loss,
@@ -347,7 +349,7 @@ class TwoLevel:
             ValueError: the momentum does not fit the layers, or a part is missing; nothing is taken over then.
         """
         momentum, kept, trust = None, None, LevenbergMarquardt(self.config.initial_damping)
-        counts, has_loss = (0, 0), self.has_loss
+        counts, has_loss = (0, 0, 0), self.has_loss
         if saved is not None and saved.get("space") == self.config.space:
             missing = self.state_dict().keys() - saved.keys()
             if missing:
@@ -357,10 +359,11 @@ class TwoLevel:
                 kept = saved_coefficients(saved["kept"], shapes, like.device)
                 trust = LevenbergMarquardt(float(saved["damping"]), bool(saved["again"]))
                 check_number("damping", trust.damping, 0.0, open_low=True)
-                counts, has_loss = (int(saved["failures"]), int(saved["solves"])), bool(saved["has_loss"])
+                counts = int(saved["failures"]), int(saved["solves"]), int(saved["abandoned"])
+                has_loss = bool(saved["has_loss"])
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"the checkpoint's coarse level is damaged or of another model: {error}") from error
         # From here on nothing can fail.
         self.momentum, self._kept, self._rows, self.trust = momentum, kept, None, trust
-        (self.failures, self.solves), self.has_loss = counts, has_loss
+        (self.failures, self.solves, self.abandoned), self.has_loss = counts, has_loss
         self.space.forget()

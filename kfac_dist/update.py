@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class Update:
         """Overwrite ``param.grad``."""
         for layer in self.layers:
             layer.write_gradient(self.directions[layer.name])
+
+    def abandoned(self) -> Update:
+        """No step at all: zeros in the place of the directions."""
+        directions = {name: torch.zeros_like(direction) for name, direction in self.directions.items()}
+        return replace(self, directions=directions, scale=0.0 * self.scale, products=torch.zeros_like(self.products))
 
     def metrics(self) -> dict[str, MetricValue]:
         """Norms of the step; nothing is computed until it is read."""

@@ -153,7 +153,7 @@ def test_a_rejected_step_is_made_anew_with_four_times_the_damping() -> None:
 
 @pytest.mark.parametrize("every_n_steps", [1, 3])
 def test_rejections_end(every_n_steps: int) -> None:
-    """A loss that always grows costs a bounded number of trials; kept coefficients are not tried twice."""
+    """A loss that always grows costs a bounded number of trials, and no step; kept coefficients are not tried twice."""
     case = ALL["mlp-categorical"]
     model = case.model()
     kfac = build(case, model, "layer_step", every_n_steps=every_n_steps)
@@ -171,7 +171,22 @@ def test_rejections_end(every_n_steps: int) -> None:
     saved = kfac.state_dict()["coarse"]
     assert saved["damping"] == pytest.approx(damping * 4.0**MAX_REJECTIONS)
     assert saved["solves"] - solves == (MAX_REJECTIONS if every_n_steps == 1 else MAX_REJECTIONS - 1)
-    assert flat_gradient(model).isfinite().all()
+    assert kfac.metrics["coarse/abandoned"] == saved["abandoned"] == 1
+    assert torch.equal(flat_gradient(model), torch.zeros_like(flat_gradient(model)))
+    step(case, kfac, lambda: case.loss(model(case.x), case.y))
+    assert flat_gradient(model).abs().max() > 0
+    assert kfac.metrics["coarse/abandoned"] == 1
+
+
+def test_a_step_that_was_not_taken_leaves_no_momentum() -> None:
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac = build(case, model, "layer_step_momentum")
+    step(case, kfac, lambda: case.loss(model(case.x), case.y))
+    assert kfac.state_dict()["coarse"]["momentum"] is not None
+    grows = iter(range(100))
+    step(case, kfac, lambda: float(next(grows)))
+    assert kfac.state_dict()["coarse"]["momentum"] is None
 
 
 @pytest.mark.parametrize("how", ["failed solve", "gradient that is not finite"])
