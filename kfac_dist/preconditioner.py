@@ -16,19 +16,18 @@ from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_channel, make_communicator
 from kfac_dist.compat import full_float32, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
-from kfac_dist.fine import Fine
 from kfac_dist.fisher import Fisher
 from kfac_dist.layers import covered_parameters, find_layers
 from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
 from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
+from kfac_dist.planning import Step, plan_two_levels
 from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import Samples
 from kfac_dist.summary import Summary, summarise
-from kfac_dist.trust import MAX_REJECTIONS
 from kfac_dist.two_level import TwoLevel
-from kfac_dist.update import Update, plan_update, reduction_ratio
+from kfac_dist.update import Update, plan_update
 
 
 class KFACPreconditioner:
@@ -157,7 +156,6 @@ class KFACPreconditioner:
             self._world.close()
             raise
         self._samples: Samples | None = None
-        self._joint = frozenset(layer.name for layer in self.layers if layer.joint)
         self._step = 0
         self._before: dict[str, Any] | None = None  # the state before the step that is under way
         self._notices = Notices(self._world.rank)
@@ -299,50 +297,12 @@ class KFACPreconditioner:
         lr: float | Optimizer | None,
         closure: Callable[[], Tensor] | None,
     ) -> Update:
-        """The coarse correction and the clip; with adaptive damping, tried on the loss and made anew if rejected."""
-        layers = [layer for layer in self.layers if layer.name in directions]
-        two, samples = self._two, self._samples
-        if two is None or samples is None:
+        """The clip and, with two levels, the coarse correction."""
+        if self._two is None or self._samples is None:
+            layers = [layer for layer in self.layers if layer.name in directions]
             return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr)
-        one, taken = self._one, True
-        for _ in range(MAX_REJECTIONS):
-            lam = two.damping(self._step, damping)
-            fine = Fine(
-                gradients,
-                directions,
-                one.states,
-                samples,
-                one.exchange,
-                one.assignment,
-                self._world,
-                damping,
-                lam,
-                self._joint,
-            )
-            correction = two.correct(fine, samples, lam, self._step)
-            update = plan_update(layers, gradients, directions, correction, self.config.kl_clip, lr)
-            if not two.adaptive or not two.trust.due(self._step) or closure is None:
-                break
-            if correction is None or not correction.solved:  # lam_c has no part in a one-level step
-                break
-            if not bool(torch.isfinite(update.products).all()):
-                break
-            ratio = reduction_ratio(self.model, update, gradients, samples, self._world, lam, one.loss_scale, closure)
-            if ratio is None:
-                break
-            two.report |= {"coarse/reduction_ratio": ratio}
-            if two.trust.judge(ratio):
-                break
-            two.discard()
-        else:  # every attempt would have raised the loss: the damping has grown, and the next batch has another try
-            update, taken = update.abandoned(), False
-            two.abandoned += 1
-        two.report_coefficients(correction)
-        two.report |= {"coarse/damping": lam, "coarse/failures": two.failures, "coarse/dimension": two.dimension}
-        two.report |= {"coarse/abandoned": two.abandoned}
-        finite = two.space.uses_momentum and taken and bool(torch.isfinite(update.products).all())
-        two.remember(update.directions, update.scale, update.corrected, finite)
-        return update
+        step = Step(self._step, damping, lr, closure)
+        return plan_two_levels(self.model, self._one, self._two, self._samples, gradients, directions, step)
 
     def _finish(self, values: dict[str, MetricValue]) -> None:
         if self._two is not None:

@@ -24,6 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("one_level", "fine", "rate_free"),
     ("two_level",),
     ("checkpoint", "update", "summary"),
+    ("planning",),
     ("preconditioner",),
     ("__init__",),
     ("callbacks", "study"),
