@@ -1,4 +1,4 @@
-"""The two-level update of a step: corrected, clipped and, with adaptive damping, tried on the loss before it is made."""
+"""The two-level update of a step: corrected, clipped and, with adaptive damping, tried on the loss first."""
 
 from __future__ import annotations
 
