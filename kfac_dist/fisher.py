@@ -19,6 +19,7 @@ from kfac_dist.config import KFACConfig
 from kfac_dist.draws import default_sample_ids, uniforms
 from kfac_dist.layers import Layer, Part
 from kfac_dist.likelihoods import Likelihood, likelihoods
+from kfac_dist.sample_order import alone, couples_samples, samples_first, spread
 from kfac_dist.samples import KeptBatch, Samples
 from kfac_dist.statistics import MicroBatch, Statistics
 
@@ -95,9 +96,12 @@ class Fisher:
         self._counted: set[int] = set()
         self.samples: Samples | None = None
         self._kept: dict[int, KeptBatch | None] = {}
+        self._layers = layers
+        self._checked_order = False
         self._checked_scale = False
         self._scale_squared: list[tuple[Tensor, float]] = []
         self._sampled_squared: Tensor | None = None
+        self._sums: Tensor | None = None
 
     def begin(self, active: bool, samples: Samples | None = None) -> None:
         """Forget the last window and record the next one, or not; ``samples`` collects some for the coarse level."""
@@ -197,6 +201,8 @@ class Fisher:
                 if watch:
                     self._add_sampled_scale(cotangent, weight)
                 gradients = iter(self._gradients_at(calls, output, cotangent))
+                if number == 0 and self._order_matters(batch):
+                    self._check_order(calls, output, cotangent)
                 with full_float32():  # the pass itself ran in the precision of the user's backward
                     for call in calls:
                         at_outputs = [next(gradients) for _ in call.edges]
@@ -207,7 +213,7 @@ class Fisher:
 
     def _take(self, call: Call, parts: Sequence[Part], batch: MicroBatch, weight: float, *, first: bool) -> None:
         """One draw of one call into the sums and, within the quota, to the coarse level's samples."""
-        for index, part in enumerate(parts):
+        for index, part in enumerate(samples_first(part, batch.size) for part in parts):
             if first:
                 self._check_shared(part, batch)
                 self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
@@ -225,6 +231,30 @@ class Fisher:
             f"samples: its output is shared by them, and {who} must tell their gradients apart. Expand the input, as "
             "in positions.expand(batch, -1), or add the layer to skip_layers"
         )
+
+    def _order_matters(self, batch: MicroBatch) -> bool:
+        if self._checked_order or batch.size < 2:
+            return False
+        by_sample = any(layer.joint or layer.approximation == "reduce" for layer in self._layers)
+        return (by_sample or batch.mask is not None or self.samples is not None) and not couples_samples(self._model)
+
+    def _check_order(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> None:
+        """Warn, once, of layers in which samples do not lie where they are looked for."""
+        self._checked_order = True
+        one, sample = alone(cotangent)
+        gradients = iter(self._gradients_at(calls, output, one))
+        parts = [part for call in calls for part in call.parts([next(gradients) for _ in call.edges])]
+        names = spread([samples_first(part, len(output)) for part in parts], sample, len(output))
+        if names and self._rank == 0:
+            warnings.warn(
+                f"the logits of one of the {len(output)} samples depend on what is taken for other samples in the "
+                f"layers {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}: norms, kfac_approx='reduce', "
+                "masks and the coarse level mistake one sample for another there. The batch must come first in every "
+                "layer (not sequences of as many steps as samples, nor inputs concatenated along the batch) and in the "
+                "logits (B, positions, classes), not flattened; a model that couples samples has no gradients of "
+                "single samples",
+                stacklevel=3,
+            )
 
     def _gradients_at(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> Sequence[Tensor | None]:
         edges = [edge for call in calls for edge in call.edges]
@@ -281,7 +311,7 @@ class Fisher:
         scale = batch.per_sample_scale(self._config.loss_reduction)
         device = self.capture.outputs[index].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
-            for number, part in enumerate(call.parts(gradients)):
+            for number, part in enumerate(samples_first(part, batch.size) for part in call.parts(gradients)):
                 self._check_shared(part, batch)
                 self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
                 self.statistics.add_output(part, batch, 1.0, scale)
@@ -307,6 +337,8 @@ class Fisher:
 
         def remember(gradient: Tensor) -> None:
             self._scale_squared.append((gradient.detach().double().square().sum(), factor))
+            if self._config.likelihood == "categorical":
+                self._sums = sums_to_zero(gradient.detach())
 
         output.register_hook(remember)
 
@@ -325,6 +357,8 @@ class Fisher:
         training = float(square) ** 0.5 * factor / grad_scale
         sampled = float(self._sampled_squared) ** 0.5
         ratio = training / sampled if sampled > 0 else float("nan")
+        if self._warn_of_class_dim():
+            return
         if self._rank == 0 and not 0.1 <= ratio <= 10.0 and ratio == ratio:
             warnings.warn(
                 f"the output gradients of the training loss are {ratio:.3g} times those of the sampled "
@@ -333,3 +367,26 @@ class Fisher:
                 'samples, or state its form, such as loss_reduction="mean_all" for nn.MSELoss()',
                 stacklevel=3,
             )
+
+    def _warn_of_class_dim(self) -> bool:
+        """Whether the training loss's classes lie in another dimension of the logits than ours (and say so)."""
+        sums = [] if self._sums is None else self._sums.tolist()
+        class_dim = self._config.class_dim % max(len(sums), 1)
+        others = [dim for dim in range(1, len(sums)) if sums[dim] < 0.1 * sums[class_dim]]
+        if not others or sums[class_dim] < 0.02:  # in bfloat16 a sum that is zero is one of 0.002
+            return False
+        if self._rank == 0:
+            warnings.warn(
+                f"the gradient of the training loss sums to zero along dimension {others[-1]} of the {len(sums)} of "
+                "the logits, as that of a cross-entropy does along the classes, and not along class_dim="
+                f"{self._config.class_dim}: set class_dim={others[-1]}",
+                stacklevel=4,
+            )
+        return True
+
+
+def sums_to_zero(gradient: Tensor) -> Tensor:
+    """Norm of the sums along each dimension, over that of the sums of absolute values; 0 where there is nothing."""
+    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    sizes = torch.stack([g.abs().sum(dim).norm() for dim in range(g.dim())])
+    return torch.stack([g.sum(dim).norm() for dim in range(g.dim())]) / sizes.clamp_min(torch.finfo(g.dtype).tiny)

@@ -32,7 +32,7 @@ class Notices:
     def found(self, found: FoundLayers) -> None:
         """Name the modules that no layer type treats, with the reasons, and the factors that were cut down."""
         if found.refused:
-            named = "; ".join(f"{name} ({reason})" for name, reason in found.refused.items())
+            named = "; ".join(f"{name or '(the model)'} ({reason})" for name, reason in found.refused.items())
             self.once("refused", f"these modules keep their plain gradient: {named}")
         if found.reduced:
             named = "; ".join(f"{name} ({what})" for name, what in found.reduced.items())
@@ -66,7 +66,10 @@ class Notices:
 def check_layers(model: nn.Module, found: FoundLayers) -> None:
     """Raise ValueError where there is nothing to precondition, or where it lies on several devices."""
     if not found.layers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.refused.items()) or "it trains no such module"
+        reasons = (
+            "; ".join(f"{name or '(the model)'}: {reason}" for name, reason in found.refused.items())
+            or "it trains no such module"
+        )
         raise ValueError(f"{type(model).__name__} has no layer that K-FAC can treat ({reasons}); check skip_layers")
     devices = {str(layer.device) for layer in found.layers}
     if len(devices) > 1:

@@ -175,8 +175,9 @@ def _first(tensor: Tensor, n: int, size: int, layer: Layer) -> Tensor:
     """The rows of the first ``n`` of ``size`` samples; a layer may have folded other dimensions behind the samples."""
     if tensor.dim() == 0 or tensor.shape[0] % size:
         raise ValueError(
-            f"layer {layer.name!r} has a first dimension of {tuple(tensor.shape)[:1]} for {size} samples: the coarse "
-            "level must tell samples apart. Put the batch first, or add the layer to skip_layers"
+            f"layer {layer.name!r} has an input or output of shape {tuple(tensor.shape)} for {size} samples, which is "
+            "the first dimension of the logits: the coarse level must tell samples apart. Put the batch first, in the "
+            "logits too (B, positions, classes), or add the layer to skip_layers"
         )
     return tensor[: n * (tensor.shape[0] // size)]
 

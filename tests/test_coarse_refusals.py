@@ -94,14 +94,14 @@ def test_only_tselepidis_is_additive_by_default() -> None:
 
 
 class TimeFirst(nn.Module):
-    """Sequences with time before the batch: a layer's rows do not begin with the samples."""
+    """Time lies first, and the batch neither first nor second."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, 4)
-        return self.head(torch.tanh(self.inner(x.transpose(0, 1))).mean(0))
+        return self.head(torch.tanh(self.inner(x.transpose(0, 1)[:, None])).mean((0, 1)))
 
 
 class Rolled(TimeFirst):
@@ -123,7 +123,9 @@ def first_step(model: nn.Module, likelihood: str, **options: Any) -> KFACPrecond
 
 @pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
 def test_samples_must_be_outermost(likelihood: str) -> None:
-    with pytest.raises(ValueError, match=r"'inner' has a first dimension of \(7,\) for 12 samples.*batch first"):
+    with pytest.raises(
+        ValueError, match=r"'inner' has an input or output of shape \(7, 1, 12, 4\) for 12 samples.*batch first"
+    ):
         first_step(TimeFirst(), likelihood, coarse="layer_step")
     first_step(TimeFirst(), likelihood).close()  # one level does not ask
     first_step(TimeFirst(), likelihood, coarse="layer_step", skip_layers="inner").close()

@@ -148,6 +148,37 @@ def scale_warnings(
     return [str(w.message) for w in caught if "output gradients of the training loss" in str(w.message)]
 
 
+def class_dim_warnings(class_dim: int, shape: tuple[int, ...], loss: Callable[[Tensor], Tensor]) -> list[str]:
+    torch.manual_seed(0)
+    model = nn.Linear(5, shape[-1])
+    kfac = KFACPreconditioner(model, likelihood="categorical", class_dim=class_dim, loss_reduction="mean_all")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            logits = model(torch.randn(*shape[:-1], 5))
+            kfac.accumulate()
+            loss(logits).backward()
+            kfac.step()
+    kfac.close()
+    return [str(w.message) for w in caught]
+
+
+def over_the_last(logits: Tensor, **options: float) -> Tensor:
+    flat = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, torch.arange(len(flat)) % flat.shape[1], **options)
+
+
+def test_classes_in_another_dimension_than_the_loss_has_them_are_named() -> None:
+    (message,) = class_dim_warnings(1, (4, 6, 7), over_the_last)  # logits.view(-1, 7), and nothing said of class_dim
+    assert "sums to zero along dimension 2 of the 3 of the logits" in message
+    assert message.endswith("not along class_dim=1: set class_dim=2")
+    assert class_dim_warnings(1, (4, 6, 7), lambda z: over_the_last(z, label_smoothing=0.1))
+    for class_dim in (2, -1):
+        assert class_dim_warnings(class_dim, (4, 6, 7), over_the_last) == []
+    assert class_dim_warnings(1, (4, 7), over_the_last) == []
+    assert class_dim_warnings(1, (4, 6, 7), lambda z: F.cross_entropy(z, torch.arange(28).view(4, 7) % 6)) == []
+
+
 def test_a_loss_on_another_scale_than_its_likelihood_is_named_once() -> None:
     caught = scale_warnings("bernoulli", "mean", nn.BCEWithLogitsLoss(), 784)
     assert len(caught) == 1

@@ -104,18 +104,18 @@ def found_in(module: nn.Module, **options: Any) -> tuple[list[str], dict[str, st
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "two inputs": (lambda: nn.Bilinear(4, 4, 4), {"0": "its forward takes 2 inputs"}),
     "no forward": (Holder, {"0": "it has no forward"}),
-    "dropout": (lambda: Gate(nn.Dropout(0.1)), {"0": "its forward is random (Dropout)"}),
+    "dropout": (lambda: Gate(nn.Dropout(0.1)), {"0": "only its own gate: its forward is random (Dropout)"}),
     "dropout of another module": (
         lambda: Gate(nn.Sequential(nn.MultiheadAttention(4, 2, dropout=0.1).requires_grad_(False))),
-        {"0": "its forward is random (MultiheadAttention)"},
+        {"0": "only its own gate: its forward is random (MultiheadAttention)"},
     ),
     "batch norm": (
         lambda: Gate(nn.BatchNorm1d(4, affine=False)),
-        {"0": "its forward changes buffers or couples samples (BatchNorm1d)"},
+        {"0": "only its own gate: its forward changes buffers or couples samples (BatchNorm1d)"},
     ),
     "old weight norm": (
         lambda: Gate(nn.utils.weight_norm(nn.Linear(4, 4)).requires_grad_(False)),
-        {"0": "a hook of torch.nn.utils computes its weight; use torch.nn.utils.parametrizations"},
+        {"0": "only its own gate: a hook of torch.nn.utils computes its weight; use torch.nn.utils.parametrizations"},
     ),
 }
 
@@ -148,6 +148,7 @@ def test_by_default_they_stay_plain() -> None:
     assert [layer.name for layer in found] == ["1.inner", "2.base"]
     reasons = {"0": "PReLU", "1": "Container", "2": "LowRank"}
     wanted = {name: f"no layer type is registered for {kind}" for name, kind in reasons.items()}
+    wanted["1"] = f"only its own token, positions: {wanted['1']}"
     assert refused == wanted | {"2.factors": f"2 computes with it: {wanted['2']}"}
 
 

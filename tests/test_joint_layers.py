@@ -313,15 +313,6 @@ def test_there_are_no_rows(call: Call) -> None:
             ask(tensor)
 
 
-def test_sequences_may_come_first() -> None:
-    """LayerNorm cannot know, but the number of samples tells (5, 4, 3) from (4, 5, 3)."""
-    module = nn.LayerNorm(3).double()
-    (layer,) = find_layers(module).layers
-    x, g = normal(4, 5, 3), normal(4, 5, 3, seed=2)
-    wanted = layer.gradient_moment(x, g, 4, torch.float64)
-    assert torch.allclose(layer.gradient_moment(x.transpose(0, 1), g.transpose(0, 1), 4, torch.float64), wanted)
-
-
 def test_samples_that_cannot_be_told_apart() -> None:
     module = nn.Sequential(nn.LayerNorm(3), nn.BatchNorm1d(3)).double()
     for layer in find_layers(module).layers:

@@ -73,7 +73,11 @@ BUILDS: dict[str, tuple[Callable[[], nn.Module], list[str], dict[str, str]]] = {
     "frozen weight": (lambda: frozen("weight"), ["0"], {}),
     "frozen bias": (lambda: frozen("bias"), ["0"], {}),
     "adapter of modules": (Adapted, ["0.down", "0.up"], {}),
-    "adapter of parameters": (RawAdapted, [], {"0": "no layer type is registered for RawAdapted"}),
+    "adapter of parameters": (
+        RawAdapted,
+        [],
+        {"0": "only its own down, up: no layer type is registered for RawAdapted"},
+    ),
 }
 
 

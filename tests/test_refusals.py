@@ -155,6 +155,24 @@ def test_one_warning_names_all_and_they_keep_their_gradient() -> None:
         assert torch.equal(p.grad, plain[name]) == (not name.startswith("3.")), name
 
 
+class Root(nn.Module):
+    """Parameters of the model itself, beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * self.scale + self.token)
+
+
+def test_a_container_is_left_alone_only_with_its_own_parameters_and_the_model_has_a_name() -> None:
+    messages = caught_by(lambda: KFACPreconditioner(Root(), likelihood="categorical"))
+    reason = "only its own token, scale: no layer type is registered for Root"
+    assert messages == [f"these modules keep their plain gradient: (the model) ({reason})"]
+
+
 @pytest.mark.parametrize("skip", [("^0$", "^1$"), ("Norm", "Scaled"), "Norm|Scaled"])
 def test_skipped_layers_are_silent(skip: str | tuple[str, ...]) -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), Scaled(4, 4), nn.Linear(4, 3))

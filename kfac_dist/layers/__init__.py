@@ -84,7 +84,7 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
             continue
         family, reason = family_of(module, anything=options.uncovered == "diagonal")
         if family is None:
-            found.refused[name] = reason
+            found.refused[name] = _of_a_container(module) + reason
             continue
         for layer in family.adapt(name, module, options):
             _take(layer, options, found)
@@ -96,6 +96,15 @@ def find_layers(model: nn.Module, options: LayerOptions | None = None) -> FoundL
 def covered_parameters(found: Iterable[Layer]) -> list[nn.Parameter]:
     """The parameters of which the layers are made, each of them once."""
     return list({id(parameter): parameter for layer in found for parameter in layer.parameters}.values())
+
+
+def _of_a_container(module: nn.Module) -> str:
+    """The names of the parameters of a module whose children are treated by themselves: it is not left alone whole."""
+    mine = {id(child) for child in claims_of(module)}
+    if all(id(child) in mine or name == "parametrizations" for name, child in module.named_children()):
+        return ""
+    own = [name for name, parameter in module._parameters.items() if parameter is not None and parameter.requires_grad]
+    return f"only its own {', '.join(own)}: " if own else ""
 
 
 def _follow(parent: str, name: str, found: FoundLayers) -> None:

@@ -130,6 +130,10 @@ class Layer(ABC):
         """Zeros and ones (R,): the rows of a call that reach the parameters; None: all of them."""
         return None
 
+    def leading(self, x: Tensor) -> int:
+        """How many dimensions of ``x``, and of g, are samples and locations in any order; 1: the samples come first."""
+        return 1
+
     def shared(self, x: Tensor, samples: int) -> bool:
         """Whether one output serves so many samples at once (positions), so that its gradient is the sum of theirs."""
         return False

@@ -90,6 +90,10 @@ class EmbeddingLayer(Layer):
         """See :meth:`Layer.row_weights`."""
         return None if self.module.padding_idx is None else x.reshape(-1) != self.module.padding_idx
 
+    def leading(self, x: Tensor) -> int:
+        """See :meth:`Layer.leading`: all of the indices."""
+        return x.dim()
+
     def shared(self, x: Tensor, samples: int) -> bool:
         """Indices without a batch dimension: known by their shape or, where that is no proof, by their running on.
 

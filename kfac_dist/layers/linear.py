@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from kfac_dist.layers.base import layers, parameter_refusal
 from kfac_dist.layers.linear_map import LinearMap
@@ -20,3 +20,7 @@ class LinearLayer(LinearMap):
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} is a Linear with a forward of its own"
         return parameter_refusal(module)
+
+    def leading(self, x: Tensor) -> int:
+        """See :meth:`Layer.leading`: all but the features."""
+        return x.dim() - 1

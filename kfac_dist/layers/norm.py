@@ -102,6 +102,10 @@ class NormLayer(JointLayer):
         """The input of the module's call that has just been made, as xhat in at least float32."""
         return self._normalise(self.module, x.to(statistics_dtype(x.dtype)))
 
+    def leading(self, x: Tensor) -> int:
+        """See :meth:`Layer.leading`: what a norm over the last dimensions keeps."""
+        return x.dim() - self._trailing if self._trailing else 1
+
     # -- scale and shift ------------------------------------------------------------------------------------------
 
     def to_matrix(self, *parts: Tensor | None) -> Tensor:
@@ -138,9 +142,6 @@ class NormLayer(JointLayer):
     def _sum(self, t: Tensor, samples: int) -> Tensor:
         """The sums over the locations of each sample, (samples, channels)."""
         if self._trailing:
-            leading = t.dim() - self._trailing
-            if leading > 1 and t.shape[0] != samples and t.shape[1] == samples:  # sequences first, as some modules are
-                t = t.transpose(0, 1)
             rows = t.reshape(-1, self.channels)
         else:
             t = t if self._axis(t) else t[None]
