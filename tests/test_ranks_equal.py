@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.ranks import RankError, RankPool
-from tests.helpers.training import Run, Trajectory, train, train_all
+from tests.helpers.training import EVERY_KIND, Run, Trajectory, train, train_all
 
 TOLERANCE = 1e-10
 STRATEGIES: dict[int, tuple[str | float, ...]] = {
@@ -41,10 +41,14 @@ KINDS = {
     "mlp-true-blocks": Run("mlp-categorical", options={"max_factor_dim": 4}),
     "mlp-true-sum": Run("mlp-categorical", options={"loss_reduction": "sum"}),
     "mlp-empirical-sum": Run("mlp-categorical", "empirical", options={"loss_reduction": "sum", "kl_clip": 0.01}),
-    "norms-true-eigen": Run("norms", options={"damping_method": "eigen"}),
-    "attention-true-eigen": Run("attention", options={"damping_method": "eigen", "damping": 1.0}),
-    "recurrent-empirical-factored": Run("recurrent", "empirical"),
+    "norms-true-eigen": Run("norms", empty_forward=True, options={"damping_method": "eigen"}),
+    "attention-true-eigen": Run("attention", empty_forward=True, options={"damping_method": "eigen", "damping": 1.0}),
+    "recurrent-empirical-factored": Run("recurrent", "empirical", empty_forward=True),
     "slopes-empirical-eigen": Run("slopes", "empirical", options={"uncovered": "diagonal", "damping_method": "eigen"}),
+    "every-kind-true-blocks": Run("every kind", empty_forward=True, options=EVERY_KIND),
+    "every-kind-empirical-reduce": Run(
+        "every kind", "empirical", empty_forward=True, options=EVERY_KIND | {"kfac_approx": "reduce"}
+    ),
     "one-layer": Run("mlp-categorical", options={"skip_layers": ["^0$", "^2$"]}),
 }
 

@@ -172,8 +172,9 @@ class _Recording(TorchFunctionMode):
 
 
 def samples_first(tensor: Tensor, samples: int) -> Tensor:
-    """(L, N, E), or (L N, E), as (N, L, E)."""
-    return tensor.reshape(-1, samples, tensor.shape[-1]).transpose(0, 1)
+    """(L, N, E), or (L N, E), as (N, L, E); without samples there are no locations either."""
+    locations = tensor.numel() // max(samples * tensor.shape[-1], 1)
+    return tensor.reshape(locations, samples, tensor.shape[-1]).transpose(0, 1)
 
 
 def _parameters(attention: nn.MultiheadAttention) -> list[tuple[str, str]]:

@@ -136,6 +136,31 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.inner(h.cumsum(1))) + h).mT
 
 
+class EveryKind(nn.Module):
+    """One layer of each kind, for inputs (B, 3, 3) whose signs are the symbols; logits (B, symbols, 3).
+
+    With ``uncovered="diagonal"`` all of it is covered, and with ``max_factor_dim=8`` some of it in blocks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.conv = nn.Linear(3, 4, bias=False), nn.Conv1d(4, 4, 3, padding=1)
+        self.tokens, self.positions = nn.Embedding(4, 4, padding_idx=2), nn.Embedding(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm, self.groups, self.slope = nn.LayerNorm(4), nn.GroupNorm(2, 4), nn.PReLU(4)
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 4)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+        symbols = (x[..., 0] > 0).long() + 2 * (x[..., 1] > 0)
+        h = self.norm(self.inner(x) + self.tokens(symbols) + self.positions(positions))
+        h = h + self.attention(h, h, h, need_weights=False)[0]
+        h = self.slope(self.groups(torch.tanh(self.conv(h.mT)))).mT
+        return self.head(self.lstm(h)[0]).mT
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(
         nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)
@@ -201,4 +226,5 @@ def cases(batch: int = 12) -> dict[str, Case]:
         "attention": Case(Attending, normal(batch, 4, 3), classes(batch), "categorical"),
         "recurrent": Case(Recurrent, normal(batch, 4, 3), classes(batch), "categorical"),
         "tied": Case(Tied, torch.randint(0, 6, (batch, 4), generator=generator), classes(batch, 4), "categorical"),
+        "every kind": Case(EveryKind, normal(batch, 3, 3), classes(batch, 3), "categorical"),
     }

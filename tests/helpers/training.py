@@ -20,6 +20,8 @@ UNEVEN = {
     4: [(1, 5, 2, 4), (3, 3, 6, 0), (0, 4, 0, 8)],
 }
 """World size -> samples per rank, step by step in turn; every BATCH of them."""
+EVERY_KIND: dict[str, Any] = {"uncovered": "diagonal", "max_factor_dim": 8, "damping": 0.3}
+"""Options that cover all of the case "every kind", some of it in blocks."""
 
 
 @dataclass(frozen=True)
