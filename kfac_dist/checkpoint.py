@@ -14,6 +14,9 @@ from kfac_dist.one_level import OneLevel
 from kfac_dist.state import STATE_VERSION, LayerState, layer_state_from_dict
 from kfac_dist.two_level import TwoLevel
 
+SHAPING = ("factor_sides", "max_factor_dim", "large_factors", "norm_blocks", "uncovered")
+"""The settings on which the layers and the shapes of their factors depend, beside ``skip_layers``."""
+
 
 def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str, Any]:
     """The state, equal on every rank; it can be loaded with ``weights_only=True``."""
@@ -51,6 +54,14 @@ def changed_settings(
     return {name: (then, now[name]) for name, then in state["config"].items() if name in now and then != now[name]}
 
 
+def _cure(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | None) -> str:
+    """What to do where other layers or other shapes were saved, with the settings that may have made them so."""
+    changed = changed_settings(state, one_level, two_level)
+    differ = {name: changed[name] for name in SHAPING if name in changed}
+    named = [f"{name}, which was {then!r} and is {now!r}" for name, (then, now) in differ.items()]
+    return f"load it into the model it was saved from, with the same {'; '.join([*named, 'skip_layers'])}"
+
+
 def _plain(value: object) -> int | float | str:
     """A number or a text; without the memory address of a schedule, which is another one on every rank."""
     return value if type(value) in (int, float, str) else re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))  # type: ignore[return-value]
@@ -82,16 +93,17 @@ def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | No
             raise ValueError(f"step={step}, config and coarse level of types {type(state['config'])}, {type(coarse)}")
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the K-FAC state is damaged: {error}") from error
+    cure = _cure(state, one_level, two_level)
     if saved != mine:
         raise ValueError(
             f"K-FAC state of other layers: only in the checkpoint {sorted(saved - mine)}, only in the model "
-            f"{sorted(mine - saved)}; load it into the model it was saved from, with the same skip_layers"
+            f"{sorted(mine - saved)}; {cure}"
         )
     states: dict[str, LayerState] = {}
     for layer in one_level.layers:
         shapes = one_level.factor_shapes(layer)
         part = state["layers"][layer.name]
-        states[layer.name] = layer_state_from_dict(layer.name, part, shapes, one_level.dtype, one_level.device)
+        states[layer.name] = layer_state_from_dict(layer.name, part, shapes, one_level.dtype, one_level.device, cure)
     if two_level is not None:
         like = torch.zeros((), dtype=one_level.dtype, device=one_level.device)
         two_level.load_state_dict(coarse, {layer.name: layer.shape for layer in one_level.layers}, like)

@@ -81,7 +81,12 @@ class LayerState:
 
 
 def layer_state_from_dict(
-    name: str, saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    name: str,
+    saved: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device,
+    cure: str,
 ) -> LayerState:
     """A layer's state from its saved form, moved to ``device``.
 
@@ -91,6 +96,7 @@ def layer_state_from_dict(
         shapes: the expected shape of "A" and, unless only the input side is used, of "G".
         dtype: the type of the factors.
         device: where they go.
+        cure: what to do where a shape differs.
 
     Raises:
         ValueError: a part is missing or damaged, or a shape differs.
@@ -107,7 +113,7 @@ def layer_state_from_dict(
             if found != shape:
                 raise ValueError(
                     f"K-FAC state of layer {name!r}: factor {side} has shape {found} in the checkpoint and {shape} in "
-                    "this model; load it into the model it was saved from, with the same factor_sides"
+                    f"this model; {cure}"
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"K-FAC state of layer {name!r} is damaged: factor {side} is not finite")

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_dist import CoarseConfig, KFACPreconditioner
+from tests.helpers.cases import cases
+from tests.helpers.training import EVERY_KIND
 from tests.test_state import assert_state_equal
 
 COARSE = CoarseConfig(space="layer_step_momentum", damping=0.1)
@@ -75,9 +77,16 @@ DAMAGES: dict[str, tuple[Callable[[], Any], str]] = {
     "older": (lambda: with_value(0, "version"), r"version 0; this release reads version \d+: go on with the release"),
     "newer": (lambda: with_value(99, "version"), r"version 99; this release reads version \d+"),
     # Other layers.
-    "shape": (lambda: saved(width=5), r"layer '0': factor G has shape \(1, 5, 5\) in the checkpoint and \(1, 4, 4\)"),
+    "shape": (
+        lambda: saved(width=5),
+        r"layer '0': factor G has shape \(1, 5, 5\) in the checkpoint and \(1, 4, 4\) in this model; load it into the "
+        r"model it was saved from, with the same skip_layers$",
+    ),
     "names": (lambda: saved(skip_layers="^2$"), r"other layers: .*only in the model \['2'\].*same skip_layers"),
-    "sides": (lambda: saved(factor_sides="input"), r"factor G has shape None.*same factor_sides"),
+    "sides": (
+        lambda: saved(factor_sides="input"),
+        r"factor G has shape None.*same factor_sides, which was 'input' and is 'both'; skip_layers$",
+    ),
     # Truncated or corrupt, one level.
     "no step": (lambda: without("step"), r"without step: the checkpoint is damaged"),
     "no counts": (lambda: without("counts"), r"without counts"),
@@ -173,6 +182,57 @@ def test_other_settings_are_named_once_with_both_values(how: str) -> None:
         warnings.simplefilter("error")
         kfac.load_state_dict(saved())
     assert kfac.state_dict()["config"]["damping"] == made(**options).state_dict()["config"]["damping"]
+
+
+def of_every_kind(**options: Any) -> KFACPreconditioner:
+    case = cases()["every kind"]
+    kfac = KFACPreconditioner(case.model(), "categorical", **EVERY_KIND | options)
+    logits = kfac.model(case.x)
+    kfac.accumulate()
+    case.loss(logits, case.y).backward()
+    kfac.step()
+    return kfac
+
+
+SHAPING: dict[str, tuple[dict[str, Any], str]] = {
+    "bound": (
+        {"max_factor_dim": 16},
+        r"layer 'conv': factor A has shape \(2, 7, 7\) in the checkpoint and \(1, 13, 13\) in .*"
+        r"with the same max_factor_dim, which was 8 and is 16; skip_layers$",
+    ),
+    "form": (
+        {"large_factors": "diagonal"},
+        r"\(2, 7, 7\) .* and \(13, 1, 1\) in .*same large_factors, which was 'blocks' and is 'diagonal'; skip_layers$",
+    ),
+    "norms": (
+        {"norm_blocks": "full"},
+        r"layer 'norm': factor A has shape \(4, 2, 2\) .* and \(1, 8, 8\) in .*"
+        r"same norm_blocks, which was 'channel' and is 'full'; skip_layers$",
+    ),
+    "uncovered": (
+        {"uncovered": "plain"},
+        r"other layers: only in the checkpoint \['slope'\], only in the model \[\]; .*"
+        r"same uncovered, which was 'diagonal' and is 'plain'; skip_layers$",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:factors larger", "ignore:these modules keep")
+@pytest.mark.parametrize("how", SHAPING)
+def test_settings_that_shape_the_factors_are_named_with_both_values(how: str) -> None:
+    options, message = SHAPING[how]
+    kfac = of_every_kind(**options)
+    before = copy.deepcopy(kfac.state_dict())
+    with pytest.raises(ValueError, match=message):
+        kfac.load_state_dict(of_every_kind().state_dict())
+    assert_state_equal(kfac.state_dict(), before)
+
+
+@pytest.mark.filterwarnings("ignore:factors larger")
+def test_another_approximation_fits_and_is_named() -> None:
+    kfac = of_every_kind(kfac_approx={"conv": "reduce"})
+    with pytest.warns(UserWarning, match=r": kfac_approx was 'expand' and is \"\{'conv': 'reduce'\}\"$"):
+        kfac.load_state_dict(of_every_kind().state_dict())
 
 
 def test_another_likelihood_is_named() -> None:
