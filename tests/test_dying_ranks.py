@@ -29,16 +29,16 @@ STAGES = {
     "inverses": ("comm_opt", ("inverses",)),
     "directions": ("mem_opt", ("directions",)),
     "coarse reduce": ("mem_opt", ("coarse", "gradients")),
+    "coarse solve": ("comm_opt", ("coarse",)),
     "coarse broadcast": ("mem_opt", ("coarse", "gradients")),
 }
 BEFORE_THE_AVERAGE = ("capture", "factors")
 # (what, where, the victim counted from the last rank)
 CASES = [
-    *(("kill", stage, -1) for stage in STAGES),
+    *(("kill", stage, -1) for stage in STAGES if stage != "coarse solve"),
     *(("freeze", stage, -1) for stage in ("capture", "inversion", "coarse broadcast")),
     ("make_a_mistake", "capture", -1),  # an exception in the user's own part of the step
-    ("kill", "factors", 0),
-    ("freeze", "factors", 0),
+    *((what, stage, 0) for what in ("kill", "freeze") for stage in ("factors", "coarse solve")),
 ]
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from kfac_dist import KFACPreconditioner
+from kfac_dist import KFACPreconditioner, two_level
 from kfac_dist.comm.torch_dist import TorchCommunicator
 from kfac_dist.one_level import OneLevel
 from tests.helpers.ranks import _free_port
@@ -27,9 +27,10 @@ START_SECONDS = 60.0
 
 # -- where and what ---------------------------------------------------------------------------------------------------
 
-CALLS: dict[str, tuple[type, str]] = {
+CALLS: dict[str, tuple[Any, str]] = {
     "capture": (KFACPreconditioner, "accumulate"),
     "inversion": (OneLevel, "update_inverses"),
+    "coarse solve": (two_level, "factorise"),  # on rank 0 alone
 }
 COLLECTIVES = {
     "gradients": ("all_reduce", "gradients"),
