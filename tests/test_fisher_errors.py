@@ -53,6 +53,12 @@ def attempt(model: nn.Module, **options: object) -> None:
         (Ends(torch.sigmoid), {"likelihood": "bernoulli"}, r"wants logits.*Sigmoid: remove it"),
         (Ends(lambda z: z.softmax(1)), {"likelihood": "categorical"}, r"wants logits.*Softmax: remove it"),
         (Ends(lambda z: z.flatten()[0]), {"likelihood": "gaussian"}, r"returned Tensor of shape \(\)"),
+        (Ends(lambda z: z.sum()), {"likelihood": "bernoulli"}, r"returned Tensor of shape \(\)"),
+        (
+            Ends(lambda z: torch.complex(z, z)),
+            {"likelihood": "bernoulli"},
+            r"torch.complex64: need a floating \(B, \.\.",
+        ),
         (nn.Linear(5, 5000), {"likelihood": "gaussian", "fisher_samples": "exact"}, r"5000 backward.*fisher_samples=1"),
     ],
 )

@@ -181,12 +181,28 @@ def test_a_piecewise_schedule(tmp_path):
         ("damping_method: eigen", "damping_method: eigenvalues"),
         ("factor_every_n_steps: 2", "factor_every_n_steps: often"),
         ("kl_clip: 0.001", "momentum: 0.9"),
+        ("norm_blocks: full", "norm_blocks: dense"),
     ],
 )
 def test_wrong_values_and_names_do_not_parse(tmp_path, capsys, right, wrong):
     with pytest.raises(SystemExit):
         from_yaml(tmp_path, EVERYTHING.replace(right, wrong))
     assert wrong.split(":")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "message"),
+    [
+        ("space: pcg", "space: multigrid", r"unknown coarse space 'multigrid'; known: krylov, layer_step"),
+        ("max_samples: 64", "max_sample: 64", r"coarse has no 'max_sample'; it has space, vectors_per_layer"),
+        ("correction: balanced", "correction: none", r"correction='none' is unknown; choose one of"),
+        ("timeout: 30", "timeout: soon", r"timeout='soon' must be a finite number above 0"),
+        ("timeout: 30", "time_out: 30", r"distribution has no 'time_out'; it has strategy"),
+    ],
+)
+def test_what_is_wrong_one_level_deeper_is_said_before_there_is_a_trainer(tmp_path, right, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        from_yaml(tmp_path, EVERYTHING.replace(right, wrong))
 
 
 def test_help_shows_the_docstring(capsys):
