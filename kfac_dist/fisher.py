@@ -19,7 +19,7 @@ from kfac_dist.config import KFACConfig
 from kfac_dist.draws import default_sample_ids, uniforms
 from kfac_dist.layers import Layer, Part
 from kfac_dist.likelihoods import Likelihood, likelihoods
-from kfac_dist.sample_order import alone, couples_samples, samples_first, spread
+from kfac_dist.sample_order import allowed_leak, alone, samples_first, spread
 from kfac_dist.samples import KeptBatch, Samples
 from kfac_dist.statistics import MicroBatch, Statistics
 
@@ -236,18 +236,21 @@ class Fisher:
         if self._checked_order or batch.size < 2:
             return False
         by_sample = any(layer.joint or layer.approximation == "reduce" for layer in self._layers)
-        return (by_sample or batch.mask is not None or self.samples is not None) and not couples_samples(self._model)
+        return by_sample or batch.mask is not None or self.samples is not None
 
     def _check_order(self, calls: Sequence[Call], output: Tensor, cotangent: Tensor) -> None:
         """Warn, once, of layers in which samples do not lie where they are looked for."""
         self._checked_order = True
-        one, sample = alone(cotangent)
+        leak = allowed_leak(self._model, len(output))
+        if leak is None:
+            return
+        one, chosen = alone(cotangent, leak == 0.0)
         gradients = iter(self._gradients_at(calls, output, one))
         parts = [part for call in calls for part in call.parts([next(gradients) for _ in call.edges])]
-        names = spread([samples_first(part, len(output)) for part in parts], sample, len(output))
+        names = spread([samples_first(part, len(output)) for part in parts], chosen, leak)
         if names and self._rank == 0:
             warnings.warn(
-                f"the logits of one of the {len(output)} samples depend on what is taken for other samples in the "
+                f"the logits of some of the {len(output)} samples depend on what is taken for other samples in the "
                 f"layers {', '.join(names[:10])}{', ..' if len(names) > 10 else ''}: norms, kfac_approx='reduce', "
                 "masks and the coarse level mistake one sample for another there. The batch must come first in every "
                 "layer (not sequences of as many steps as samples, nor inputs concatenated along the batch) and in the "

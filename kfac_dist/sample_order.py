@@ -23,29 +23,41 @@ def samples_first(part: Part, samples: int) -> Part:
     return Part(layer, x.transpose(0, 1), g.transpose(0, 1))
 
 
-def alone(cotangent: Tensor) -> tuple[Tensor, int]:
-    """The cotangent of one sample, zero for all others, and which sample that is (one synchronisation)."""
-    sample = int(cotangent.detach().flatten(1).abs().sum(1).argmax())
-    kept = torch.zeros_like(cotangent)
-    kept[sample] = cotangent[sample]
-    return kept, sample
+def alone(cotangent: Tensor, exactly: bool) -> tuple[Tensor, Tensor]:
+    """The cotangent of one sample (``exactly``) or of the first half of them, zero for the others; and which, (B,)."""
+    squares = cotangent.detach().flatten(1).square().sum(1)
+    places = torch.arange(len(squares), device=squares.device)
+    chosen = places == squares.argmax() if exactly else places < len(squares) // 2
+    return cotangent * chosen.view(-1, *[1] * (cotangent.dim() - 1)), chosen
 
 
-def spread(parts: Sequence[Part], sample: int, samples: int) -> list[str]:
-    """The layers where the gradient of one sample's logits reaches more than what is taken for that sample."""
-    found = []
+def spread(parts: Sequence[Part], chosen: Tensor, leak: float) -> list[str]:
+    """The layers where the gradient of the chosen samples' logits reaches what is taken for another sample.
+
+    Args:
+        parts: the layers' gradients, of these samples' logits only.
+        chosen: (B,) booleans.
+        leak: what the others may get, as a share of the squares that these get.
+    """
+    found, samples = [], len(chosen)
     for layer, x, g in parts:
         if not g.dim() or g.shape[0] % samples or layer.shared(x, samples):  # these have messages of their own
             continue
-        reached = g.reshape(samples, -1).ne(0).any(1)
-        if bool(reached[:sample].any() | reached[sample + 1 :].any()):
+        squares = g.reshape(samples, -1).to(torch.promote_types(g.dtype, torch.float32)).square().sum(1)
+        if bool(squares[~chosen].sum() > leak * squares[chosen].sum()):
             found.append(layer.name)
     return list(dict.fromkeys(found))
 
 
-def couples_samples(model: nn.Module) -> bool:
-    """Whether a norm over the batch is in training mode: every sample's logits depend on all samples then."""
+def allowed_leak(model: nn.Module, samples: int) -> float | None:
+    """What may reach other samples in :func:`spread`: nothing, unless BatchNorm couples the samples; None: anything.
+
+    What BatchNorm lets through decreases with the batch size: for half of 64 samples to the other half, at most 0.13 in
+    twenty perceptrons of four norms over 5 features, 0.04 for 16 in a ResNet-50. Samples that are mistaken for one
+    another get as much as the right ones.
+    """
     kind = nn.modules.batchnorm._BatchNorm
-    return any(
-        isinstance(module, kind) and (module.training or not module.track_running_stats) for module in model.modules()
-    )
+    norms = [module for module in model.modules() if isinstance(module, kind)]
+    if not any(norm.training or not norm.track_running_stats for norm in norms):
+        return 0.0
+    return 0.5 if samples >= 64 else None
