@@ -158,6 +158,8 @@ def inspect(
 
 
 def _layer_row(layer: Layer, assignment: Assignment, dtype: torch.dtype, eigen: bool) -> Row:
+    if layer.trouble is not None:
+        return Row(layer.name, type(layer.module).__name__, layer.trouble, False, math.prod(layer.shape), {})
     factors = {side: shape for side, shape in layer.factors.items() if (layer.name, side) in assignment.owner}
     words = sum(math.prod(shape.stored) for shape in factors.values())
     values = sum(shape.stored[0] * shape.size for shape in factors.values()) if eigen else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -208,6 +209,10 @@ def test_what_only_a_call_can_tell_stays_plain_with_a_warning(name: str, likelih
     assert not torch.equal(model.last.weight.grad, plain.last.weight.grad)
     for one, other in zip(model.buffers(), plain.buffers(), strict=True):
         assert torch.equal(one, other)
+    (row,) = [row for row in kfac.summary().rows if row.name == "inner"]
+    assert not row.covered
+    assert re.match(reason, row.treatment)
+    assert kfac.summary().share < 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         one_step(kfac, model)
