@@ -124,7 +124,7 @@ def test_inverses_are_bitwise_equal_on_the_ranks_that_hold_them(
         wanted = {"comm_opt": world_size, "mem_opt": 1, "0.5": 2 if world_size == 4 else 1}[strategy]
         assert {len(values) for values in holders.values()} == {wanted}, key
         counts = {"mlp": 3, "cnn": 4, "convolutions": 5, "sequences": 2, "shared": 3, "tokens": 4, "norms": 5, "one": 1}
-        counts |= {"attention": 11, "recurrent": 9, "tied": 2, "slopes": 5}
+        counts |= {"attention": 11, "recurrent": 9, "tied": 2, "slopes": 5, "every": 13}
         assert len({name for name, *_ in holders}) == counts[kind.split("-")[0]]
         for values in holders.values():
             assert all(torch.equal(value, values[0]) for value in values)
