@@ -28,10 +28,13 @@ STAGES = {
     "inversion": ("comm_opt", ("inverses",)),
     "inverses": ("comm_opt", ("inverses",)),
     "directions": ("mem_opt", ("directions",)),
+    "coarse product": ("comm_opt", ("coarse_product",)),
+    "coarse eigenvectors": ("comm_opt", ("coarse_eigenvectors",)),
     "coarse reduce": ("mem_opt", ("coarse", "gradients")),
     "coarse solve": ("comm_opt", ("coarse",)),
     "coarse broadcast": ("mem_opt", ("coarse", "gradients")),
 }
+SPACES = {"coarse product": "residual", "coarse eigenvectors": "spectral"}
 BEFORE_THE_AVERAGE = ("capture", "factors")
 # (what, where, the victim counted from the last rank)
 CASES = [
@@ -42,9 +45,13 @@ CASES = [
 ]
 
 
+def space_of(stage: str) -> str:
+    return SPACES.get(stage, "layer_step")
+
+
 def run_of(stage: str) -> Run:
     options = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1}
-    coarse = {"coarse": CoarseConfig(space="layer_step", max_samples=None)}
+    coarse = {"coarse": CoarseConfig(space=space_of(stage), max_samples=None)}
     return Run("mlp-categorical", strategy=STAGES[stage][0], timeout=TIMEOUT, options=options | coarse)
 
 
@@ -74,9 +81,9 @@ def struck(rank: int, world_size: int, what: str, stage: str, victim: int) -> di
 
 
 @functools.cache
-def on_one_rank() -> list[list[Tensor]]:
+def on_one_rank(space: str) -> list[list[Tensor]]:
     """The averages after each step of the same training without a fault."""
-    run = run_of("capture")
+    run = run_of(next(stage for stage in STAGES if space_of(stage) == space))
     case, model, kfac, optimizer = build(run)
     found = []
     for step in range(STEP + 1):
@@ -111,6 +118,6 @@ def test_the_others_raise_in_time_and_say_where_and_who(
             assert "the store, held by global rank 0, does not answer" in message
         waited = TIMEOUT if what == "freeze" else 0.0
         assert waited <= seen["seconds"] < TIMEOUT + 2 * PATIENCE + 10.0, seen
-        wanted = on_one_rank()[STEP - (stage in BEFORE_THE_AVERAGE)]
+        wanted = on_one_rank(space_of(stage))[STEP - (stage in BEFORE_THE_AVERAGE)]
         for found, there in zip(seen["averages"], wanted, strict=True):
             assert torch.linalg.norm(found - there) <= 1e-10 * torch.linalg.norm(there)

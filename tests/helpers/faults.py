@@ -37,6 +37,8 @@ COLLECTIVES = {
     "factors": ("all_reduce", "factors"),
     "inverses": ("all_reduce", "inverses"),
     "directions": ("all_reduce", "directions"),
+    "coarse product": ("all_reduce", "coarse_product"),
+    "coarse eigenvectors": ("all_reduce", "coarse_eigenvectors"),
     "coarse reduce": ("reduce", "coarse"),
     "coarse broadcast": ("broadcast", "coarse"),
 }
