@@ -16,7 +16,7 @@ from tests.helpers import faults
 from tests.helpers.faults import Job, fault, run_doomed
 from tests.helpers.training import Run, advance, build, layer_states
 
-TIMEOUT = 4.0
+TIMEOUT = 6.0
 PATIENCE = TIMEOUT / 4
 STEP = 2  # of the fault; the steps before it are good ones
 
