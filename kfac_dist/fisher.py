@@ -19,6 +19,7 @@ from kfac_dist.config import KFACConfig
 from kfac_dist.draws import default_sample_ids, uniforms
 from kfac_dist.layers import Layer, Part
 from kfac_dist.likelihoods import Likelihood, likelihoods
+from kfac_dist.loss_check import LossCheck
 from kfac_dist.sample_order import allowed_leak, alone, samples_first, spread
 from kfac_dist.samples import KeptBatch, Samples
 from kfac_dist.statistics import MicroBatch, Statistics
@@ -98,10 +99,7 @@ class Fisher:
         self._kept: dict[int, KeptBatch | None] = {}
         self._layers = layers
         self._checked_order = False
-        self._checked_scale = False
-        self._scale_squared: list[tuple[Tensor, float]] = []
-        self._sampled_squared: Tensor | None = None
-        self._sums: Tensor | None = None
+        self.loss_check = LossCheck(config, rank)
 
     def begin(self, active: bool, samples: Samples | None = None) -> None:
         """Forget the last window and record the next one, or not; ``samples`` collects some for the coarse level."""
@@ -194,12 +192,12 @@ class Fisher:
             batch = self._micro_batch(self.statistics.micro_batches, output, mask, loss_divisor)
             ids = self._sample_ids(sample_ids, batch, output.device)
             calls = [call for call in self.capture.calls if call.forward == forward]
-            watch = not self._checked_scale and batch.index == 0
+            watch = not self.loss_check.done and batch.index == 0
             if watch:
-                self._sampled_squared = None
+                self.loss_check.begin()
             for number, (cotangent, weight) in enumerate(self._cotangents(step, forward, output, ids, batch)):
                 if watch:
-                    self._add_sampled_scale(cotangent, weight)
+                    self.loss_check.add_sampled(cotangent, weight)
                 gradients = iter(self._gradients_at(calls, output, cotangent))
                 if number == 0 and self._order_matters(batch):
                     self._check_order(calls, output, cotangent)
@@ -209,7 +207,7 @@ class Fisher:
                         self._take(call, call.parts(at_outputs), batch, weight, first=number == 0)
             self.statistics.add_batch(batch)
             if watch:  # only now: a tensor hook would fire in the pass above as well
-                self._watch_training_scale(output, batch)
+                self.loss_check.watch_training(output, batch.per_sample_scale(self._config.loss_reduction))
 
     def _take(self, call: Call, parts: Sequence[Part], batch: MicroBatch, weight: float, *, first: bool) -> None:
         """One draw of one call into the sums and, within the quota, to the coarse level's samples."""
@@ -331,65 +329,3 @@ class Fisher:
         kept = self._kept[batch.index]
         if kept is not None:
             self.samples.keep(kept, batch.size, key, part, weight)
-
-    # -- do the two losses agree in scale? ------------------------------------------------------------------------
-
-    def _watch_training_scale(self, output: Tensor, batch: MicroBatch) -> None:
-        self._scale_squared.clear()
-        factor = batch.per_sample_scale(self._config.loss_reduction)
-
-        def remember(gradient: Tensor) -> None:
-            self._scale_squared.append((gradient.detach().double().square().sum(), factor))
-            if self._config.likelihood == "categorical":
-                self._sums = sums_to_zero(gradient.detach())
-
-        output.register_hook(remember)
-
-    def _add_sampled_scale(self, cotangent: Tensor, weight: float) -> None:
-        square = cotangent.double().square().sum() * weight
-        self._sampled_squared = square if self._sampled_squared is None else self._sampled_squared + square
-
-    def check_training_scale(self, grad_scale: float) -> None:
-        """Warn, at the first factor step, when the training loss is not on the scale of the likelihood."""
-        if self._checked_scale or not self._scale_squared or self._sampled_squared is None:
-            return
-        square, factor = self._scale_squared[0]
-        if not bool(square.isfinite()):  # a gradient scaler that still searches for its scale
-            return
-        self._checked_scale = True
-        training = float(square) ** 0.5 * factor / grad_scale
-        sampled = float(self._sampled_squared) ** 0.5
-        ratio = training / sampled if sampled > 0 else float("nan")
-        if self._warn_of_class_dim():
-            return
-        if self._rank == 0 and not 0.1 <= ratio <= 10.0 and ratio == ratio:
-            warnings.warn(
-                f"the output gradients of the training loss are {ratio:.3g} times those of the sampled "
-                f"{self._config.likelihood} loss after loss_reduction={self._config.loss_reduction!r}: damping and the "
-                "step sizes of the coarse level depend on that scale. Sum the loss over outputs and average it over "
-                'samples, or state its form, such as loss_reduction="mean_all" for nn.MSELoss()',
-                stacklevel=3,
-            )
-
-    def _warn_of_class_dim(self) -> bool:
-        """Whether the training loss's classes lie in another dimension of the logits than ours (and say so)."""
-        sums = [] if self._sums is None else self._sums.tolist()
-        class_dim = self._config.class_dim % max(len(sums), 1)
-        others = [dim for dim in range(1, len(sums)) if sums[dim] < 0.1 * sums[class_dim]]
-        if not others or sums[class_dim] < 0.02:  # in bfloat16 a sum that is zero is one of 0.002
-            return False
-        if self._rank == 0:
-            warnings.warn(
-                f"the gradient of the training loss sums to zero along dimension {others[-1]} of the {len(sums)} of "
-                "the logits, as that of a cross-entropy does along the classes, and not along class_dim="
-                f"{self._config.class_dim}: set class_dim={others[-1]}",
-                stacklevel=4,
-            )
-        return True
-
-
-def sums_to_zero(gradient: Tensor) -> Tensor:
-    """Norm of the sums along each dimension, over that of the sums of absolute values; 0 where there is nothing."""
-    g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    sizes = torch.stack([g.abs().sum(dim).norm() for dim in range(g.dim())])
-    return torch.stack([g.sum(dim).norm() for dim in range(g.dim())]) / sizes.clamp_min(torch.finfo(g.dtype).tiny)

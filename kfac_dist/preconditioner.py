@@ -276,7 +276,7 @@ class KFACPreconditioner:
         if self._one.factors_due(self._step):
             if empirical:
                 self._fisher.statistics.rescale_outputs(grad_scale**-2)
-            self._fisher.check_training_scale(grad_scale)
+            self._fisher.loss_check.report(grad_scale)
             if not self._one.update_factors(self._fisher.statistics):
                 return
             silent = [layer for layer in self.layers if self._one.states[layer.name].updates == 0]

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("layers", "likelihoods", "comm"),
     ("samples", "trust"),
     ("coarse",),
-    ("capture", "statistics", "sample_order", "replicas", "clip", "basis", "notices"),
+    ("capture", "statistics", "loss_check", "sample_order", "replicas", "clip", "basis", "notices"),
     ("curvature", "directions", "fisher", "correction"),
     ("one_level", "fine", "rate_free"),
     ("two_level",),

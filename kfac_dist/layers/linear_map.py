@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -58,6 +59,6 @@ class MapOfSeveral(LinearMap):
         """See :meth:`Layer.watch`: the first sibling hooks the module for all of them."""
         return self.watch_siblings(record) if self is self.siblings[0] else []
 
+    @abstractmethod
     def watch_siblings(self, record: Record) -> list[RemovableHandle]:
         """Hook the module."""
-        raise NotImplementedError
