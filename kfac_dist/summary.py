@@ -17,7 +17,7 @@ from kfac_dist.coarse import coarse_spaces
 from kfac_dist.compat import clean_name, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig
 from kfac_dist.factors import FactorShape
-from kfac_dist.layers import FoundLayers, Layer, find_layers
+from kfac_dist.layers import FoundLayers, Layer, covered_parameters, find_layers
 from kfac_dist.notices import check_layers
 from kfac_dist.one_level import assignment_of, factor_dtype, wants_eigenbases
 
@@ -121,7 +121,8 @@ def summarise(
     for layer in found.layers:
         by_module.setdefault(id(layer.module), []).append(layer)
     owners = {id(use.module): layer.name for layer in found.layers for use in layer.uses}
-    rows, counted = [], {id(parameter) for layer in found.layers for parameter in layer.parameters}
+    names = {layer.name for layer in found.layers}
+    rows, counted = [], {id(parameter) for parameter in covered_parameters(found.layers)}
     for raw_name, module in model.named_modules():
         name = clean_name(raw_name)
         rows += [_layer_row(layer, assignment, dtype, eigen) for layer in by_module.get(id(module), ())]
@@ -130,7 +131,7 @@ def summarise(
         own = [p for p in module._parameters.values() if p is not None and id(p) not in counted]
         counted |= {id(parameter) for parameter in own}
         reason = found.refused.get(name) or found.skipped.get(name)
-        if own and (reason or name not in {layer.name for layer in found.layers}):
+        if own and (reason or name not in names):
             trained = sum(parameter.numel() for parameter in own if parameter.requires_grad)
             reason = reason or ("frozen" if not trained else "not covered by a layer of the module")
             rows.append(Row(name or "(the model)", type(module).__name__, reason, False, trained, {}))
