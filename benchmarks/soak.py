@@ -173,7 +173,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     shorter = 16 * unit
     kills = [kill * shorter // 8000 for kill in KILLS[: arguments.kills]]
     with tempfile.TemporaryDirectory() as folder:
-        part = Part(first=0, last=steps, look=max(1, steps // 120), mark=shorter, folder=folder)
+        part = Part(
+            first=0,
+            last=steps,
+            look=max(1, steps // 120),
+            mark=shorter,
+            patience=60.0 + 0.3 * steps,
+            folder=folder,
+        )
         run("train", part)
         whole = results(part)
         rows = watched_rows("undisturbed", whole, len(whole[0]["watched"]["steps"]) // 3, arguments.bound, "step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -65,6 +66,7 @@ class Part:
             being written; -1: none.
         victim: the rank.
         mark: the weights before this step are kept; -1: none.
+        patience: seconds after which a rank that has not ended says where it stands, and ends.
         folder: of the checkpoint and the result.
     """
 
@@ -75,6 +77,7 @@ class Part:
     kill: int = -1
     victim: int = 0
     mark: int = -1
+    patience: float = 3600.0
     folder: str
 
     @property
@@ -214,6 +217,7 @@ def main(rank: int, job: str, part: Part) -> None:
     """One of two ranks over gloo, in this process."""
     with part.log(rank).open("ab") as log:
         os.dup2(log.fileno(), 2)
+    faulthandler.dump_traceback_later(part.patience, exit=True)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
@@ -221,3 +225,4 @@ def main(rank: int, job: str, part: Part) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     JOBS[job](rank, part)
     dist.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()

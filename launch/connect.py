@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from kfac_dist.comm.mpi import rendezvous
+from kfac_dist.comm.torch_dist import settle_at_exit
 from kfac_dist.environment import LaunchEnvironment, detect_environment
 
 
@@ -46,6 +47,7 @@ def connect(backend: str | None = None, timeout: float = 600.0) -> LaunchEnviron
         backend = "nccl" if gpus >= (launched.local_size or launched.local_rank + 1) else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(launched.local_rank)
+    settle_at_exit()
     dist.init_process_group(
         backend,
         init_method=init_method,

@@ -16,6 +16,7 @@ from pytorch_lightning.cli import LightningCLI
 # Imported classes can be named without their module: --model=Autoencoder, --trainer.callbacks+=KFAC.
 import kfac_dist.callbacks
 import kfac_dist.study  # noqa: F401
+from kfac_dist.comm.torch_dist import settle_at_exit
 from kfac_dist.environment import detect_environment
 from kfac_dist.launch.requeue import RequeueOnSignal
 from kfac_dist.launch.whole import WholeCheckpointIO
@@ -92,6 +93,7 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         0; the parser exits with 2 by itself where it does not understand the options.
     """
+    settle_at_exit()
     # The real command line goes as None: LightningCLI warns of arguments that stand beside those in sys.argv.
     TrainingCLI(None if list(argv) == sys.argv[1:] else argv)
     return 0

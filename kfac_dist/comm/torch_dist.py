@@ -5,8 +5,10 @@ Ranks are GROUP ranks throughout. Nothing is sent, and nothing counted, by a gro
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +34,25 @@ T = TypeVar("T")
 
 ROLL_CALL_SECONDS = 10.0
 """How long a rank on which a collective has failed waits for the others to fail too, at most."""
+
+
+SETTLE_SECONDS = 0.05
+"""Idle threads of gloo have forgotten their last collective long before."""
+
+
+def _settle() -> None:
+    time.sleep(SETTLE_SECONDS)
+
+
+def settle_at_exit() -> None:
+    """Let gloo's threads finish before the interpreter ends; idempotent.
+
+    Such a thread may still hold its last collective when the main thread has its result. If it lets go of it, and of
+    the Python objects within, while the interpreter is being taken down, the process aborts after a training that
+    went well (https://github.com/pytorch/pytorch/issues/190489). Destroying the process group does not wait for it.
+    """
+    atexit.unregister(_settle)
+    atexit.register(_settle)
 
 
 def is_initialised() -> bool:
@@ -76,6 +97,7 @@ class TorchCommunicator:
         self, process_group: dist.ProcessGroup | None = None, timeout: float = 600.0, traffic: Traffic | None = None
     ) -> None:
         self.world()
+        settle_at_exit()
         self.traffic = Traffic() if traffic is None else traffic
         self._timeout = timeout
         self._children: list[Communicator] = []

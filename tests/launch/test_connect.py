@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from kfac_dist.comm import mpi
-from kfac_dist.launch import connect
+from kfac_dist.comm import mpi, torch_dist
+from kfac_dist.launch import connect, train
 from tests.helpers.launched import FOREIGN
 from tests.test_environment import MPICH, OPEN_MPI, SLURM, TORCHRUN
 
@@ -98,3 +98,25 @@ def test_rank_0_offers_a_free_port_of_its_own(monkeypatch):
     host, port = mpi.rendezvous(0, 2)
     assert host
     assert 1024 <= port < 65536
+
+
+@pytest.mark.parametrize("begin", ["connect()", "KFAC on a group", "kfac-dist fit"])
+def test_the_end_of_the_process_waits_for_the_threads_of_gloo(connecting, monkeypatch, begin):
+    at_exit: list[Callable[[], None]] = []
+    slept: list[float] = []
+    monkeypatch.setattr(torch_dist.atexit, "register", at_exit.append)
+    monkeypatch.setattr(torch_dist.atexit, "unregister", lambda function: None)
+    monkeypatch.setattr(torch_dist.time, "sleep", slept.append)
+    if begin == "connect()":
+        connecting(TORCHRUN, backend="gloo")
+    elif begin == "kfac-dist fit":
+        monkeypatch.setattr(train, "TrainingCLI", lambda argv: None)
+        train.main(["fit"])
+    else:
+        monkeypatch.setattr(torch_dist.TorchCommunicator, "world", lambda self: (0, 2))
+        monkeypatch.setattr(torch_dist.dist, "get_rank", lambda group: 0)
+        monkeypatch.setattr(torch_dist.dist, "get_world_size", lambda group: 2)
+        torch_dist.TorchCommunicator(object())
+    for function in at_exit:
+        function()
+    assert slept == [torch_dist.SETTLE_SECONDS]
