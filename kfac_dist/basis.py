@@ -40,6 +40,11 @@ class Basis:
         """m, dropped columns included."""
         return self.blocks * self.count
 
+    @property
+    def block_names(self) -> list[str]:
+        """Whose vectors the blocks are: the layers', or "network"."""
+        return ["network"] if self.spans_network else self.names
+
     def _block(self, name: str) -> int:
         return 0 if self.spans_network else self.names.index(name)
 

@@ -43,6 +43,27 @@ class CoarseOperator:
         return self.status, beta
 
 
+@dataclass(frozen=True)
+class CoarseSystem:
+    """The Galerkin operator of the last solve, to look at.
+
+    Attributes:
+        blocks: names of the layers, or "network" where every vector spans all of them.
+        count: vectors per block.
+        matrix: (m, m) float64 on the host, m = blocks * count: E over orthonormal vectors, block after block.
+    """
+
+    blocks: tuple[str, ...]
+    count: int
+    matrix: Tensor
+
+    def couplings(self) -> Tensor:
+        """E_ij / sqrt(E_ii E_jj), (m, m): the cosines between the vectors in the metric of F_l; 0 for dropped ones."""
+        diagonal = self.matrix.diagonal()
+        scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt(), 0.0 * diagonal)
+        return self.matrix * scale[:, None] * scale[None, :]
+
+
 def factorise(E: Tensor) -> CoarseOperator:
     """Factorise the Galerkin operator.
 

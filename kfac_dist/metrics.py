@@ -59,6 +59,15 @@ class Metrics(Mapping[str, float]):
         self._values = dict(values)
         self._timer = timer
 
+    @property
+    def timer(self) -> PhaseTimer | None:
+        """The phases of the last step, for whoever adds up many steps and reads them at once."""
+        return self._timer
+
+    def ready(self) -> dict[str, float]:
+        """The numbers that are on the host already: reading them computes nothing and waits for nothing."""
+        return {name: float(value) for name, value in self._values.items() if isinstance(value, (int, float))}
+
     def _milliseconds(self) -> dict[str, float]:
         spans = self._timer.milliseconds() if self._timer else {}
         return {f"ms/{phase}": value for phase, value in spans.items()}

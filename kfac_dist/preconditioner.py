@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from kfac_dist.assignment import Assignment
 from kfac_dist.checkpoint import changed_settings, load, save
 from kfac_dist.coarse import coarse_spaces
+from kfac_dist.coarse_solver import CoarseSystem
 from kfac_dist.comm import make_channel, make_communicator
 from kfac_dist.compat import full_float32, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
@@ -25,6 +26,7 @@ from kfac_dist.planning import Step, plan_two_levels
 from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import Samples
+from kfac_dist.spectra import Spectrum, spectra
 from kfac_dist.summary import Summary, summarise
 from kfac_dist.two_level import TwoLevel
 from kfac_dist.update import Update, plan_update
@@ -386,6 +388,20 @@ class KFACPreconditioner:
     def summary(self) -> Summary:
         """Every module's treatment, factors, memory and owner: a table for ``print`` and ``rich.print``."""
         return summarise(self.model, self._found, self.assignment, self._one.dtype, eigen=self._one.eigen)
+
+    def spectra(self) -> dict[str, Spectrum]:
+        """Layer -> the eigenvalues of its factors, for the layers that have an inverse.
+
+        Every rank can ask, alone: the factors are everywhere. Where eigenbases are held here it costs nothing, else
+        one ``eigvalsh`` per factor.
+        """
+        damping = evaluate("damping", self.config.damping, max(self._step - 1, 0))
+        return spectra(self.layers, self._one.states, damping, factored=self.config.damping_method == "factored")
+
+    @property
+    def coarse_system(self) -> CoarseSystem | None:
+        """The Galerkin operator of the last coarse solve, on rank 0; None elsewhere and before the first one."""
+        return None if self._two is None else self._two.system
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, equal on every rank; no collective, and the same for every world size.

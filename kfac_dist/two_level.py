@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfac_dist.basis import Basis
 from kfac_dist.coarse import CoarseSpace
-from kfac_dist.coarse_solver import CoarseOperator, Status, factorise
+from kfac_dist.coarse_solver import CoarseOperator, CoarseSystem, Status, factorise
 from kfac_dist.coarse_state import saved_coefficients, saved_momentum
 from kfac_dist.comm import Communicator
 from kfac_dist.config import CoarseConfig, check_number, evaluate
@@ -49,6 +49,7 @@ class TwoLevel:
         self.solves = 0
         self.momentum: dict[str, Tensor] | None = None
         self.report: dict[str, MetricValue] = {}
+        self.system: CoarseSystem | None = None  # of the last solve, on rank 0
         self.dimension = 0
         self.has_loss = False
         self._communicator = communicator
@@ -133,6 +134,7 @@ class TwoLevel:
         def solve() -> tuple[CoarseOperator, Solution]:
             restricted = self._restricted(fine, basis, zeta)
             operator = self._operator(basis, sums, damping)
+            self.system = CoarseSystem(tuple(basis.block_names), basis.count, operator.matrix)
             gradient = restricted["gradient"]
             residual = gradient - sums["Yw"] / sums["samples"] - damping * restricted["direction"]
             self._report(operator, residual, sums, restricted, damping, zeta)
@@ -299,8 +301,7 @@ class TwoLevel:
         self.report = {key: value for key, value in self.report.items() if not key.startswith("coarse/beta/")}
         if correction is None:
             return
-        owners = ["network"] if correction.basis.spans_network else correction.basis.names
-        for i, owner in enumerate(owners):
+        for i, owner in enumerate(correction.basis.block_names):
             for j in range(correction.basis.count):
                 self.report[f"coarse/beta/{owner}/{j}"] = correction.coefficients[i, j]
 
@@ -365,5 +366,6 @@ class TwoLevel:
                 raise ValueError(f"the checkpoint's coarse level is damaged or of another model: {error}") from error
         # From here on nothing can fail.
         self.momentum, self._kept, self._rows, self.trust = momentum, kept, None, trust
+        self.system = None
         (self.failures, self.solves, self.abandoned), self.has_loss = counts, has_loss
         self.space.forget()

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("curvature", "directions", "fisher", "correction"),
     ("one_level", "fine", "rate_free"),
     ("two_level",),
-    ("checkpoint", "update", "summary"),
+    ("checkpoint", "update", "summary", "spectra"),
     ("planning",),
     ("preconditioner",),
     ("__init__",),
