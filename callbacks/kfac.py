@@ -53,7 +53,8 @@ class KFAC(pl.Callback):
         output_module: name of the module whose output is the logits (the mean for "gaussian"); None: the
             LightningModule itself, whose ``forward`` must then be what ``training_step`` calls, as ``self(x)``.
         class_dim: dimension of the classes, as in ``F.cross_entropy`` (for "categorical").
-        damping: lambda, a number or a function of the step such as ``kfac_dist.schedules.ExponentialDamping``.
+        damping: lambda, a number, a function of the step such as ``kfac_dist.schedules.ExponentialDamping``, or
+            "adaptive": it follows the loss, for which a silent copy of the module evaluates it again, as below.
         damping_method: "factored" (pi-corrected Tikhonov) or "eigen" (exact).
         factor_sides: "both", or "input": only A (Benzing 2022).
         factor_decay: decay of the factors' moving average, per factor update.
@@ -79,6 +80,7 @@ class KFAC(pl.Callback):
         norm_blocks: the Fisher block of a norm's scale and shift: "diagonal", "channel" (2 x 2) or "full".
         uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
             Fisher block.
+        initial_damping: where "adaptive" starts.
 
     Raises:
         MisconfigurationException: a value is out of its bounds.
@@ -90,7 +92,7 @@ class KFAC(pl.Callback):
         fisher_samples: int | Literal["exact"] = 1,
         output_module: str | None = None,
         class_dim: int = 1,
-        damping: float | Callable[[int], float] = 0.01,
+        damping: float | Callable[[int], float] | Literal["adaptive"] = 0.01,
         damping_method: Literal["factored", "eigen"] = "factored",
         factor_sides: Literal["both", "input"] = "both",
         factor_decay: float = 0.95,
@@ -111,6 +113,7 @@ class KFAC(pl.Callback):
         large_factors: Literal["blocks", "diagonal"] = "blocks",
         norm_blocks: Literal["diagonal", "channel", "full"] = "channel",
         uncovered: Literal["plain", "diagonal"] = "plain",
+        initial_damping: float = 1.0,
     ) -> None:
         self._options: dict[str, Any] = {
             "likelihood": likelihood,
@@ -132,6 +135,7 @@ class KFAC(pl.Callback):
             "large_factors": large_factors,
             "norm_blocks": norm_blocks,
             "uncovered": uncovered,
+            "initial_damping": initial_damping,
         }
         with misconfigurations():
             check_options(self._options, clip_raw_gradients, log_every_n_steps)

@@ -1,4 +1,4 @@
-"""The loss of the current window once more, without a trace: for the coarse level's adaptive damping.
+"""The loss of the current window once more, without a trace: for an adaptive damping.
 
 ``training_step`` runs on a deep copy of the module with a Trainer whose loggers are dummies, so that BatchNorm
 statistics, metrics, lists that the user fills and logs stay exactly as they are; the random streams are put back.
@@ -47,8 +47,8 @@ class Trial:
     def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, required: bool) -> None:
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                'coarse damping="adaptive" evaluates training_step once more, which makes steps itself in manual '
-                "optimization: choose a number, CoarseConfig(damping=..)"
+                "an adaptive damping evaluates training_step once more, which makes steps itself in manual "
+                "optimization: choose a number, damping=.. or CoarseConfig(damping=..)"
             )
         self._trainer = trainer
         self._module = pl_module
@@ -69,8 +69,8 @@ class Trial:
             replica = copy.deepcopy(self._module)  # which leaves the Trainer out
         except Exception as error:
             message = (
-                f"{type(self._module).__name__} cannot be copied ({error!r}), which the adaptive coarse damping needs "
-                "to evaluate its loss without a trace: choose a number, CoarseConfig(damping=..)"
+                f"{type(self._module).__name__} cannot be copied ({error!r}), which an adaptive damping needs "
+                "to evaluate its loss without a trace: choose a number, damping=.. or CoarseConfig(damping=..)"
             )
             if self._required:
                 raise MisconfigurationException(message) from error

@@ -25,6 +25,7 @@ def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str
         "step": step,
         "loss_scale": one_level.loss_scale,
         "counts": dict(one_level.counts),
+        "damping": one_level.damping.state_dict(),
         "config": _settings(one_level, two_level),
         "layers": {name: state.to_dict() for name, state in one_level.states.items()},
         "coarse": None if two_level is None else two_level.state_dict(),
@@ -104,10 +105,12 @@ def load(state: Mapping[str, Any], one_level: OneLevel, two_level: TwoLevel | No
         shapes = one_level.factor_shapes(layer)
         part = state["layers"][layer.name]
         states[layer.name] = layer_state_from_dict(layer.name, part, shapes, one_level.dtype, one_level.device, cure)
+    damping = one_level.damping.read(state.get("damping"))
     if two_level is not None:
         like = torch.zeros((), dtype=one_level.dtype, device=one_level.device)
         two_level.load_state_dict(coarse, {layer.name: layer.shape for layer in one_level.layers}, like)
     # From here on nothing can fail.
+    one_level.damping.take(damping)
     one_level.states = states
     one_level.loss_scale = loss_scale
     one_level.counts |= counts

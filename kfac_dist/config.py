@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Schedule = float | Callable[[int], float]
@@ -164,6 +164,19 @@ class CoarseConfig:
             raise ValueError(f"coarse={value!r} must be None, the name of a coarse space or CoarseConfig(space=..)")
         return cls(space=value, damping="auto" if value in RATE_FREE_SPACES else None)
 
+    def under_adaptive_damping(self) -> CoarseConfig:
+        """The same beside a fine damping that follows the loss: "auto" is then the fine one.
+
+        Raises:
+            ValueError: "adaptive" was asked for here, too: one verdict cannot move two dampings.
+        """
+        if self.damping == "adaptive":
+            raise ValueError(
+                'damping="adaptive" with coarse damping="adaptive": the loss gives one verdict, which cannot move two '
+                "dampings; leave one of them a number, or the coarse one None to follow the fine one"
+            )
+        return replace(self, damping=None) if self.damping == "auto" else self
+
 
 def check_patterns(name: str, patterns: Sequence[object]) -> None:
     """Raise ValueError unless all ``patterns`` are regular expressions."""
@@ -236,7 +249,8 @@ class KFACConfig(LayerOptions):
     likelihood: str = "empirical"
     fisher_samples: int | Literal["exact"] = 1
     class_dim: int = 1
-    damping: Schedule = 0.01
+    damping: Schedule | Literal["adaptive"] = 0.01
+    initial_damping: float = 1.0
     damping_method: Literal["factored", "eigen"] = "factored"
     factor_decay: float = 0.95
     factor_every_n_steps: int = 10
@@ -251,8 +265,11 @@ class KFACConfig(LayerOptions):
             check_positive_int("fisher_samples", self.fisher_samples)
         if isinstance(self.class_dim, bool) or not isinstance(self.class_dim, int) or self.class_dim == 0:
             raise ValueError(f"class_dim={self.class_dim!r} must be an integer other than 0 (0 is the batch dimension)")
-        if not callable(self.damping):
+        if isinstance(self.damping, str):
+            check_choice("damping", self.damping, ("adaptive",))
+        elif not callable(self.damping):
             check_number("damping", self.damping, 0.0, open_low=True)
+        check_number("initial_damping", self.initial_damping, 0.0, open_low=True)
         check_choice("damping_method", self.damping_method, ("factored", "eigen"))
         check_number("factor_decay", self.factor_decay, 0.0, 1.0)
         if self.factor_decay == 1:

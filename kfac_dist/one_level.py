@@ -13,6 +13,7 @@ from kfac_dist.config import DistributionConfig, KFACConfig
 from kfac_dist.curvature import Health, InverseExchange, Reduced, factor_shapes, reduce_statistics
 from kfac_dist.directions import DirectionExchange
 from kfac_dist.factors import statistics_dtype
+from kfac_dist.fine_damping import FineDamping
 from kfac_dist.layers import Layer, covered_parameters
 from kfac_dist.replicas import check_replicas, norm
 from kfac_dist.state import LayerState
@@ -28,7 +29,7 @@ def layer_cost(layer: Layer) -> LayerCost:
 def wants_eigenbases(config: KFACConfig) -> bool:
     """Whether the damping has to act at use; a constant one can stand inside the inverses: half the products a step."""
     exact = config.damping_method == "eigen" and config.factor_sides == "both"
-    return exact or callable(config.damping)
+    return exact or callable(config.damping) or config.damping == "adaptive"
 
 
 def assignment_of(
@@ -74,6 +75,7 @@ class OneLevel:
         self.world = world
         self.device = layers[0].device
         self.dtype = factor_dtype(layers)
+        self.damping = FineDamping(config)
         self.states = {layer.name: LayerState() for layer in layers}
         self.loss_scale = 1.0
         self.rebuild = False

@@ -1,9 +1,9 @@
-"""The two-level update of a step: corrected, clipped and, with adaptive damping, tried on the loss first."""
+"""The update of a step: corrected, clipped and, where a damping follows the loss, tried on the loss first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from kfac_dist.correction import Correction
 from kfac_dist.fine import Fine
+from kfac_dist.metrics import MetricValue
 from kfac_dist.one_level import OneLevel
 from kfac_dist.samples import Samples
-from kfac_dist.trust import MAX_REJECTIONS
+from kfac_dist.trust import MAX_REJECTIONS, LevenbergMarquardt
 from kfac_dist.two_level import TwoLevel
 from kfac_dist.update import Update, plan_update, reduction_ratio
 
@@ -24,81 +25,104 @@ class Step:
 
     Attributes:
         number: 0, 1, ..
-        damping: of the fine level.
         lr: the outer optimizer or its rate; None: 1.
         closure: the training loss on the same batch, for adaptive damping.
     """
 
     number: int
-    damping: float
     lr: float | Optimizer | None
     closure: Callable[[], Tensor] | None
 
 
-def plan_two_levels(
+def plan_step(
     model: nn.Module,
     one: OneLevel,
-    two: TwoLevel,
-    samples: Samples,
+    two: TwoLevel | None,
+    samples: Samples | None,
     gradients: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
     step: Step,
 ) -> Update:
     """The update that is to be written; nothing is written yet.
 
-    Where the adaptive damping is due, an update that would raise the loss is made anew with more damping; if none of
+    Where an adaptive damping is due, an update that would raise the loss is made anew with more damping; if none of
     the attempts is any good, no step is taken, and the next batch has another try.
 
     Args:
         model: for the trial; it is left as it was.
         one: the fine level.
-        two: the coarse level.
-        samples: the kept samples of the last curvature batch, on this rank.
+        two: the coarse level; None: there is none.
+        samples: the kept samples of the last curvature batch, on this rank; None: there are none, nor a coarse level.
         gradients: layer -> gradient of the mean loss.
         directions: layer -> zeta.
         step: this step.
     """
     layers = [layer for layer in one.layers if layer.name in directions]
     joint = frozenset(layer.name for layer in layers if layer.joint)
-    taken = True
+    report: dict[str, MetricValue] = {}
+    correction, taken = None, True
     for _ in range(MAX_REJECTIONS):
-        lam = two.damping(step.number, step.damping)
-        fine = Fine(
-            gradients,
-            directions,
-            one.states,
-            samples,
-            one.exchange,
-            one.assignment,
-            one.world,
-            step.damping,
-            lam,
-            joint,
-        )
-        correction = two.correct(fine, samples, lam, step.number)
+        damping = one.damping.value(step.number)
+        report["damping"] = damping
+        if two is not None and samples is not None:
+            lam = two.damping(step.number, damping)
+            two.report["coarse/damping"] = lam
+            fine = Fine(
+                gradients,
+                directions,
+                one.states,
+                samples,
+                one.exchange,
+                one.assignment,
+                one.world,
+                damping,
+                lam,
+                joint,
+            )
+            correction = two.correct(fine, samples, lam, step.number)
         update = plan_update(layers, gradients, directions, correction, one.config.kl_clip, step.lr)
-        if step.closure is None or not _to_be_judged(two, step.number, correction, update):
+        rule = None if step.closure is None else _rule(one, two, correction)
+        due = rule is not None and rule.due(step.number) and bool(torch.isfinite(update.products).all())
+        if not due or rule is None or samples is None or step.closure is None:
             break
-        ratio = reduction_ratio(model, update, gradients, samples, one.world, lam, one.loss_scale, step.closure)
+        ratio = reduction_ratio(
+            model, update, gradients, samples, one.world, rule.damping, one.loss_scale, step.closure
+        )
         if ratio is None:
             break
-        two.report |= {"coarse/reduction_ratio": ratio}
-        if two.trust.judge(ratio):
+        if rule is one.damping.trust:
+            report["reduction_ratio"] = ratio
+        elif two is not None:
+            two.report["coarse/reduction_ratio"] = ratio
+        if rule.judge(ratio):
             break
-        two.discard()
+        if rule is one.damping.trust:
+            directions = one.precondition(gradients, rule.damping)
+        if two is not None:
+            two.discard()
     else:
         update, taken = update.abandoned(), False
+        _count_abandoned(one, two)
+    if one.damping.adaptive:
+        report["abandoned"] = one.damping.abandoned
+    if two is not None:
+        two.report_coefficients(correction)
+        two.report |= {"coarse/dimension": two.dimension}
+        two.report |= {"coarse/failures": two.failures, "coarse/abandoned": two.abandoned}
+        finite = two.space.uses_momentum and taken and bool(torch.isfinite(update.products).all())
+        two.remember(update.directions, update.scale, update.corrected, finite)
+    return replace(update, report=report)
+
+
+def _rule(one: OneLevel, two: TwoLevel | None, correction: Correction | None) -> LevenbergMarquardt | None:
+    """Which damping the loss judges; that of the coarse level has no part in a one-level step."""
+    if two is None or not two.adaptive:
+        return one.damping.trust
+    return two.trust if correction is not None and correction.solved else None
+
+
+def _count_abandoned(one: OneLevel, two: TwoLevel | None) -> None:
+    if one.damping.adaptive:
+        one.damping.abandoned += 1
+    elif two is not None:
         two.abandoned += 1
-    two.report_coefficients(correction)
-    two.report |= {"coarse/damping": lam, "coarse/dimension": two.dimension}
-    two.report |= {"coarse/failures": two.failures, "coarse/abandoned": two.abandoned}
-    finite = two.space.uses_momentum and taken and bool(torch.isfinite(update.products).all())
-    two.remember(update.directions, update.scale, update.corrected, finite)
-    return update
-
-
-def _to_be_judged(two: TwoLevel, step: int, correction: Correction | None, update: Update) -> bool:
-    """Whether the loss has a say in this step: lam_c has no part in a one-level step, nor in one that is not finite."""
-    if not two.adaptive or not two.trust.due(step) or correction is None or not correction.solved:
-        return False
-    return bool(torch.isfinite(update.products).all())

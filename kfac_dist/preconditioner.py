@@ -16,20 +16,19 @@ from kfac_dist.coarse import coarse_spaces
 from kfac_dist.coarse_solver import CoarseSystem
 from kfac_dist.comm import make_channel, make_communicator
 from kfac_dist.compat import full_float32, unwrap
-from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number, evaluate
+from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number
 from kfac_dist.fisher import Fisher
 from kfac_dist.layers import covered_parameters, find_layers
 from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
 from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
-from kfac_dist.planning import Step, plan_two_levels
+from kfac_dist.planning import Step, plan_step
 from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
-from kfac_dist.samples import Samples
+from kfac_dist.samples import DEFAULT_SAMPLES, Samples, share
 from kfac_dist.spectra import Spectrum, spectra
 from kfac_dist.summary import Summary, summarise
 from kfac_dist.two_level import TwoLevel
-from kfac_dist.update import Update, plan_update
 
 
 class KFACPreconditioner:
@@ -45,7 +44,9 @@ class KFACPreconditioner:
         fisher_samples: draws per sample, or "exact": one backward per column of the loss Hessian's root.
         output_module: name or module whose output is the logits (the mean for "gaussian"); None: the model itself.
         class_dim: dimension of the classes, as in ``F.cross_entropy`` (for "categorical").
-        damping: lambda, a number or a function of the step; it acts in the step in which it is given.
+        damping: lambda, a number or a function of the step; it acts in the step in which it is given. "adaptive": it
+            follows the loss (Levenberg-Marquardt; Martens and Grosse 2015, section 6.5), for which :meth:`step` needs
+            a closure; with a coarse level whose damping is "auto" or None, that one is the same.
         damping_method: "factored" (pi-corrected Tikhonov; Martens and Grosse 2015, section 6.3) or "eigen", exactly
             (T (G (x) A) + lambda I)^-1.
         factor_sides: "both", or "input": only A (Benzing 2022, arXiv 2201.12250).
@@ -72,6 +73,7 @@ class KFACPreconditioner:
         norm_blocks: the Fisher block of a norm's scale and shift: "diagonal", "channel" (2 x 2) or "full".
         uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
             Fisher block.
+        initial_damping: where "adaptive" starts.
 
     Raises:
         ValueError: a value out of its bounds, a module name that does not exist, or a model without any layer that
@@ -85,7 +87,7 @@ class KFACPreconditioner:
         fisher_samples: int | Literal["exact"] = 1,
         output_module: str | nn.Module | None = None,
         class_dim: int = 1,
-        damping: Schedule = 0.01,
+        damping: Schedule | Literal["adaptive"] = 0.01,
         damping_method: Literal["factored", "eigen"] = "factored",
         factor_sides: Literal["both", "input"] = "both",
         factor_decay: float = 0.95,
@@ -103,6 +105,7 @@ class KFACPreconditioner:
         large_factors: Literal["blocks", "diagonal"] = "blocks",
         norm_blocks: Literal["diagonal", "channel", "full"] = "channel",
         uncovered: Literal["plain", "diagonal"] = "plain",
+        initial_damping: float = 1.0,
     ) -> None:
         if likelihood is None:
             warnings.warn(
@@ -129,8 +132,11 @@ class KFACPreconditioner:
             large_factors=large_factors,
             norm_blocks=norm_blocks,
             uncovered=uncovered,
+            initial_damping=initial_damping,
         )
         self.coarse = CoarseConfig.parse(coarse)
+        if self.coarse is not None and damping == "adaptive":
+            self.coarse = self.coarse.under_adaptive_damping()
         self.distribution = DistributionConfig.parse(distribution)
         self.model = unwrap(model)
         found = find_layers(self.model, self.config)
@@ -173,18 +179,20 @@ class KFACPreconditioner:
 
     @property
     def uses_loss(self) -> bool:
-        """Whether a closure for :meth:`step` is of use: the coarse damping can adapt."""
-        return self._two is not None and self._two.config.damping in ("adaptive", "auto")
+        """Whether a closure for :meth:`step` is of use: a damping can adapt."""
+        coarse = self._two is not None and self._two.config.damping in ("adaptive", "auto")
+        return self._one.damping.adaptive or coarse
 
     @property
     def needs_loss(self) -> bool:
         """Whether :meth:`step` insists on a closure."""
-        return self._two is not None and self._two.config.damping == "adaptive"
+        return self._one.damping.adaptive or (self._two is not None and self._two.config.damping == "adaptive")
 
     @property
     def wants_loss(self) -> bool:
         """Whether the next step will call its closure."""
-        return self.uses_loss and self._two is not None and self._two.trust.due(self._step)
+        rule = self._one.damping.trust or (None if self._two is None else self._two.trust)
+        return self.uses_loss and rule is not None and rule.due(self._step)
 
     # -- the training loop's calls --------------------------------------------------------------------------------
 
@@ -247,7 +255,7 @@ class KFACPreconditioner:
                     average_gradients([p for p in self.model.parameters() if p.requires_grad], self._world)
             with self._timer("factors"):
                 self._take_statistics(grad_scale, lr)
-            damping = evaluate("damping", self.config.damping, self._step)
+            damping = one.damping.value(self._step)
             if one.inverses_due(self._step):
                 with self._timer("inverses"):
                     one.update_inverses(self._step, damping)
@@ -256,20 +264,23 @@ class KFACPreconditioner:
                 directions = one.precondition(gradients, damping)
             if directions:
                 with self._timer("write" if self._two is None else "coarse"):
-                    update = self._plan(gradients, directions, damping, lr, closure)
+                    two = None if self._samples is None else self._two
+                    step = Step(self._step, lr, closure)
+                    update = plan_step(self.model, one, two, self._samples, gradients, directions, step)
                 with self._timer("write"):
                     update.write()
                 values |= update.metrics()
-        self._finish(values | {"damping": damping})
+        self._finish({"damping": damping} | values)
 
     # -- the stages of the step -----------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Open the next accumulation window: capture where factors are due, or samples are missing."""
         due = self._one.factors_due(self._step)
-        samples = None
-        if self._two is not None and (due or self._samples is None):
-            samples = Samples(self._two.quota(len(self.layers)))
+        samples, wanted = None, self._two is not None or self._one.damping.adaptive
+        if wanted and (due or self._samples is None):
+            quota = share(DEFAULT_SAMPLES, self._world) if self._two is None else self._two.quota(len(self.layers))
+            samples = Samples(quota)
         self._fisher.begin(due or samples is not None, samples)
 
     def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None) -> None:
@@ -290,21 +301,6 @@ class KFACPreconditioner:
                 self._fisher.samples.rescale(1.0 / grad_scale)
             self._fisher.samples.leave_out_unless_finite()
             self._samples = self._fisher.samples
-
-    def _plan(
-        self,
-        gradients: Mapping[str, Tensor],
-        directions: Mapping[str, Tensor],
-        damping: float,
-        lr: float | Optimizer | None,
-        closure: Callable[[], Tensor] | None,
-    ) -> Update:
-        """The clip and, with two levels, the coarse correction."""
-        if self._two is None or self._samples is None:
-            layers = [layer for layer in self.layers if layer.name in directions]
-            return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr)
-        step = Step(self._step, damping, lr, closure)
-        return plan_two_levels(self.model, self._one, self._two, self._samples, gradients, directions, step)
 
     def _finish(self, values: dict[str, MetricValue]) -> None:
         if self._two is not None:
@@ -347,15 +343,16 @@ class KFACPreconditioner:
             self.check_optimizer(lr)
         if self.config.kl_clip is not None and lr is None:
             self._notices.once("lr", "kl_clip is set but step() got no lr: the clip takes lr = 1; pass the optimizer")
+        if closure is None and self.needs_loss and self.wants_loss:
+            level = "" if self._one.damping.adaptive else "coarse "
+            raise ValueError(
+                f'{level}damping="adaptive" compares the loss before and after an update: pass '
+                "kfac.step(closure=lambda: loss of the same batch), or choose a number"
+            )
         if self._two is None:
             return
         if closure is not None:
             self._two.has_loss = True
-        elif self.needs_loss and self.wants_loss:
-            raise ValueError(
-                'coarse damping="adaptive" compares the loss before and after an update: pass '
-                "kfac.step(closure=lambda: loss of the same batch), or choose a number"
-            )
         elif self._two.config.damping == "auto" and not self._two.has_loss:
             self._notices.once(
                 "auto",

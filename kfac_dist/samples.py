@@ -16,10 +16,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kfac_dist.comm import Communicator
 from kfac_dist.layers import Layer, Part
+
+DEFAULT_SAMPLES = 256
+"""How many of a batch are kept, over all ranks."""
 
 RawVector = Tensor | tuple[Tensor, Tensor]
 """A Theta-shaped vector, or the two sides (g, a) of a rank-one one."""
+
+
+def share(total: int, communicator: Communicator) -> int:
+    """This rank's part of ``total`` samples."""
+    return total // communicator.size + (communicator.rank < total % communicator.size)
 
 
 @dataclass

@@ -23,10 +23,9 @@ from kfac_dist.config import CoarseConfig, check_number, evaluate
 from kfac_dist.correction import Correction
 from kfac_dist.fine import Fine
 from kfac_dist.metrics import MetricValue
-from kfac_dist.samples import Samples
+from kfac_dist.samples import DEFAULT_SAMPLES, Samples, share
 from kfac_dist.trust import LevenbergMarquardt
 
-DEFAULT_SAMPLES = 256
 Result = TypeVar("Result")
 Solution = tuple[Status, Tensor]
 """How a solve went, and beta (m,)."""
@@ -82,8 +81,7 @@ class TwoLevel:
         if total == "auto":
             blocks = 1 if self.space.spans_network else layers
             total = max(DEFAULT_SAMPLES, 4 * blocks * self.space.count)
-        rank, size = self._communicator.rank, self._communicator.size
-        return int(total) // size + (rank < int(total) % size)
+        return share(int(total), self._communicator)
 
     # -- one correction -------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Update:
         products: (layers,), <direction, gradient>, on the device.
         rates: (layers,), the outer optimizer's rates.
         gradient_norm: of the gradients, on the device.
+        report: what else is to be said of the step.
     """
 
     layers: Sequence[Layer]
@@ -40,6 +41,7 @@ class Update:
     products: Tensor
     rates: Tensor
     gradient_norm: Tensor
+    report: Mapping[str, MetricValue] = field(default_factory=dict)
 
     def write(self) -> None:
         """Overwrite ``param.grad``."""
@@ -55,6 +57,7 @@ class Update:
         """Norms of the step; nothing is computed until it is read."""
         directions = list(self.directions.values())
         return {
+            **self.report,
             "direction_dot_gradient": self.products.sum(),
             "kl_clip_scale": self.scale,
             "corrected": self.corrected,
@@ -130,7 +133,7 @@ def reduction_ratio(
         samples: the kept samples.
         communicator: over all ranks; the ranks' losses count alike. One that is not finite BEFORE the update says
             nothing about it (a rank without samples), and counts as zero, as its gradients did.
-        damping: lam_c.
+        damping: the one that is judged, in the model's F + damping I.
         loss_scale: the training loss over the mean one.
         closure: the training loss on the same batch.
 

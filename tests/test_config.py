@@ -23,7 +23,8 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "likelihood": (("softmax", "Categorical"), r"known: bernoulli, categorical, gaussian"),
     "fisher_samples": ((0, -1, 1.5, True, "all", None), r"must be .*integer of at least 1"),
     "class_dim": ((0, 1.0, True, None), r"must be an integer other than 0 \(0 is the batch dimension\)"),
-    "damping": ((0, -0.1, NAN, INF, True, "0.1", None), POSITIVE),
+    "damping": ((0, -0.1, NAN, INF, True, None), POSITIVE),
+    "initial_damping": ((0, -0.1, NAN, INF, True, "0.1", None), POSITIVE),
     "damping_method": (("tikhonov", None), r"is unknown; choose one of 'factored', 'eigen'"),
     "factor_sides": (("output", "A"), r"is unknown; choose one of 'both', 'input'"),
     "factor_decay": ((-0.1, 1.1, NAN, "0.9", None), r"must be a finite number at least 0 and at most 1"),
@@ -49,6 +50,7 @@ ELSEWHERE = {
 }
 CASES = [(name, value, message) for name, (values, message) in BAD.items() for value in values]
 CASES += [
+    ("damping", "0.1", r"is unknown; choose one of 'adaptive'"),
     ("loss_reduction", 0.0, POSITIVE),
     ("loss_reduction", -1, POSITIVE),
     ("loss_reduction", NAN, POSITIVE),

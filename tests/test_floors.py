@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("samples", "trust"),
     ("coarse",),
     ("capture", "statistics", "loss_check", "sample_order", "replicas", "clip", "basis", "notices"),
-    ("curvature", "directions", "fisher", "correction"),
+    ("curvature", "directions", "fisher", "correction", "fine_damping"),
     ("one_level", "fine", "rate_free"),
     ("two_level",),
     ("checkpoint", "update", "summary", "spectra"),

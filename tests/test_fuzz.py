@@ -19,7 +19,7 @@ from kfac_dist.schedules import ExponentialDamping
 GOOD: dict[str, list[Any]] = {
     "likelihood": ["categorical", "gaussian", "bernoulli", "empirical"],
     "fisher_samples": [1, 3, "exact"],
-    "damping": [1e-3, 1, ExponentialDamping(0.1, 0.5, 0.01)],
+    "damping": [1e-3, 1, ExponentialDamping(0.1, 0.5, 0.01), "adaptive"],
     "damping_method": ["factored", "eigen"],
     "factor_sides": ["both", "input"],
     "factor_decay": [0.0, 0.5, 0.95],
@@ -35,6 +35,7 @@ GOOD: dict[str, list[Any]] = {
     "large_factors": ["blocks", "diagonal"],
     "norm_blocks": ["diagonal", "channel", "full"],
     "uncovered": ["plain", "diagonal"],
+    "initial_damping": [0.3, 5.0],
 }
 BAD: dict[str, list[Any]] = {
     "likelihood": ["poisson"],
@@ -55,6 +56,7 @@ BAD: dict[str, list[Any]] = {
     "large_factors": ["dense"],
     "norm_blocks": ["dense"],
     "uncovered": ["skip"],
+    "initial_damping": [0.0],
 }
 SPACES: dict[str, list[Any]] = {
     "space": list(coarse_spaces),

@@ -268,7 +268,7 @@ def test_within_a_step_and_after_one_that_failed_the_state_is_the_one_before_it(
         raise OSError("on purpose")
 
     with monkeypatch.context() as patch:
-        patch.setattr(KFACPreconditioner, "_plan", failing)  # factors and counts have changed by then
+        patch.setattr("kfac_dist.preconditioner.plan_step", failing)  # factors and counts have changed by then
         with pytest.raises(OSError, match="on purpose"):
             advance(kfac, 4, 5)
     for state in (*within, kfac.state_dict()):

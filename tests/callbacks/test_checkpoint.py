@@ -7,7 +7,6 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from kfac_dist import KFACPreconditioner
 from kfac_dist.schedules import ExponentialDamping
 from kfac_dist.study.resumable import ResumableLoader
 from tests.callbacks import jobs
@@ -117,7 +116,7 @@ def test_an_exception_within_a_step_saves_the_state_before_it(tmp_path, monkeypa
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
             if batch_idx == 2:
-                monkeypatch.setattr(KFACPreconditioner, "_plan", None)  # the factors are new by then
+                monkeypatch.setattr("kfac_dist.preconditioner.plan_step", None)  # the factors are new by then
             return super().training_step(batch, batch_idx)
 
     before, saver = kfac(), OnExceptionCheckpoint(tmp_path)

@@ -13,7 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torchmetrics.classification import MulticlassAccuracy
 
-from kfac_dist import CoarseConfig
+from kfac_dist import CoarseConfig, KFACPreconditioner
 from kfac_dist.callbacks import KFAC
 from tests.callbacks.tiny import BATCH, CLASSES, Classifier, Manual, assert_equal, data, fit, kfac, loader, weights
 
@@ -71,6 +71,31 @@ def test_the_trial_leaves_no_trace(tmp_path):
     assert adaptive.pop("evaluated") is not None
     assert adaptive.pop("csv") == fixed.pop("csv")
     assert_equal(adaptive, fixed)
+
+
+def test_the_fine_damping_follows_the_loss_as_in_a_loop_of_ones_own():
+    callback, dampings = kfac(damping="adaptive", initial_damping=3.0), []
+
+    class Dampings(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            dampings.append(trainer.callbacks[0].metrics["damping"])
+
+    model = Classifier()
+    fit(model, [callback, Dampings()], loader(data(8 * BATCH)))
+    other = Classifier()
+    options = {"factor_every_n_steps": 1, "inverse_every_n_steps": 1, "damping": "adaptive", "initial_damping": 3.0}
+    own = KFACPreconditioner(other, "categorical", **options)
+    optimizer = other.configure_optimizers()
+    for number, batch in enumerate(loader(data(8 * BATCH))):
+        optimizer.zero_grad()
+        loss = other.training_step(batch, number)
+        own.accumulate()
+        loss.backward()
+        own.step(lr=optimizer, closure=lambda batch=batch, number=number: other.training_step(batch, number))
+        assert own.metrics["damping"] == dampings[number]
+        optimizer.step()
+    assert len(set(dampings)) > 2
+    assert_equal(weights(model), weights(other))
 
 
 def test_the_trial_is_the_loss_of_the_window_at_both_ends_of_the_step():

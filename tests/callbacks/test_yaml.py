@@ -59,6 +59,7 @@ trainer:
         large_factors: diagonal
         norm_blocks: full
         uncovered: diagonal
+        initial_damping: 2
 """
 
 
@@ -115,6 +116,7 @@ def test_every_option_in_yaml(tmp_path):
         "large_factors": "diagonal",
         "norm_blocks": "full",
         "uncovered": "diagonal",
+        "initial_damping": 2,
     }
     assert callback._distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.5, timeout=30)
 
