@@ -392,7 +392,7 @@ class KFACPreconditioner:
         Every rank can ask, alone: the factors are everywhere. Where eigenbases are held here it costs nothing, else
         one ``eigvalsh`` per factor.
         """
-        damping = evaluate("damping", self.config.damping, max(self._step - 1, 0))
+        damping = self._one.damping.value(max(self._step - 1, 0))
         return spectra(self.layers, self._one.states, damping, factored=self.config.damping_method == "factored")
 
     @property
