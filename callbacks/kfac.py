@@ -81,6 +81,7 @@ class KFAC(pl.Callback):
         uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
             Fisher block.
         initial_damping: where "adaptive" starts.
+        inverse_schedule: invert all layers "together", every n steps, or "staggered": some at each of these n steps.
 
     Raises:
         MisconfigurationException: a value is out of its bounds.
@@ -114,6 +115,7 @@ class KFAC(pl.Callback):
         norm_blocks: Literal["diagonal", "channel", "full"] = "channel",
         uncovered: Literal["plain", "diagonal"] = "plain",
         initial_damping: float = 1.0,
+        inverse_schedule: Literal["together", "staggered"] = "together",
     ) -> None:
         self._options: dict[str, Any] = {
             "likelihood": likelihood,
@@ -136,6 +138,7 @@ class KFAC(pl.Callback):
             "norm_blocks": norm_blocks,
             "uncovered": uncovered,
             "initial_damping": initial_damping,
+            "inverse_schedule": inverse_schedule,
         }
         with misconfigurations():
             check_options(self._options, clip_raw_gradients, log_every_n_steps)

@@ -71,6 +71,7 @@ class Assignment:
         column_of: layer name -> index of its column.
         owner: (layer name, "A" | "G") -> the rank that inverts that factor, a rank of the layer's column.
         costs: the layers, in their order.
+        slot_of: layer name -> the step, counted modulo the inversion interval, at which its inverses are renewed.
         sides: "both", or "input" where only A exists.
     """
 
@@ -81,6 +82,7 @@ class Assignment:
     column_of: dict[str, int]
     owner: dict[tuple[str, Side], int]
     costs: tuple[LayerCost, ...]
+    slot_of: dict[str, int]
     sides: Sides = "both"
 
     def preconditions(self, layer: str, rank: int) -> bool:
@@ -88,7 +90,7 @@ class Assignment:
         return rank in self.columns[self.column_of[layer]]
 
     def inversion_load(self, rank: int) -> int:
-        """Cost of the factors that ``rank`` inverts at one inverse step."""
+        """Cost of the factors that ``rank`` inverts between two inversions of the same layer."""
         return sum(
             cost.inversion(side)
             for cost in self.costs
@@ -122,13 +124,29 @@ def nearest_divisor(world_size: int, fraction: float) -> int:
     return min(divisors, key=lambda d: (round(abs(d - fraction * world_size), 9), -d))
 
 
-def _longest_first(jobs: Sequence[float], workers: int) -> list[int]:
-    """The worker of each job: longest job first, to the least loaded worker; ties by index (Graham 1969)."""
+def _longest_first(jobs: Sequence[float], workers: int, before: Sequence[float] = ()) -> list[int]:
+    """The worker of each job: longest job first, to the least loaded worker (Graham 1969).
+
+    Ties go to the worker with the least load from ``before``, then by index.
+    """
     loads, chosen = [0.0] * workers, [0] * len(jobs)
+    before = before or [0.0] * workers
     for job in sorted(range(len(jobs)), key=lambda i: (-jobs[i], i)):
-        chosen[job] = min(range(workers), key=lambda w: (loads[w], w))
+        chosen[job] = min(range(workers), key=lambda w: (loads[w], before[w], w))
         loads[chosen[job]] += jobs[job]
     return chosen
+
+
+def refresh_slots(costs: Sequence[LayerCost], every: int, sides: Sides = "both") -> dict[str, int]:
+    """Layer name -> the one of ``every`` steps at which it is inverted, so that the steps are about equally long.
+
+    A layer is the unit, as pi is made of both of its factors. Fewer layers than steps are spread evenly, and leave the
+    first step, on which factors are often due as well, to those. The world size has no say: any number of ranks takes
+    the same steps.
+    """
+    used = min(len(costs), every)
+    places = _longest_first([sum(map(cost.inversion, cost.blocks(sides))) for cost in costs], used)
+    return {cost.name: ((place + 1) * every - 1) // used for cost, place in zip(costs, places, strict=True)}
 
 
 def assign(
@@ -137,11 +155,14 @@ def assign(
     gradient_workers: int,
     inverse_every_n_steps: int = 1,
     sides: Sides = "both",
+    *,
+    staggered: bool = False,
 ) -> Assignment:
     """Spread the layers over the columns and their factors over the ranks of the column.
 
     A layer weighs, for a rank of its column and per step, its preconditioning plus its share of the inversions:
-    inversion / (W * inverse_every_n_steps). Deterministic: every rank computes the same answer without talking.
+    inversion / (W * inverse_every_n_steps). What is inverted at one step is spread over the ranks of its column.
+    Deterministic: every rank computes the same answer without talking.
 
     Args:
         costs: the layers, in the same order on every rank.
@@ -149,6 +170,7 @@ def assign(
         gradient_workers: W, a divisor of ``world_size`` (see :func:`nearest_divisor`).
         inverse_every_n_steps: steps between two inversions.
         sides: "both", or "input" where only A exists.
+        staggered: invert some layers at each of these steps, instead of all at the first.
 
     Raises:
         ValueError: W does not divide the world size, or two layers have one name.
@@ -168,13 +190,19 @@ def assign(
     share = gradient_workers * inverse_every_n_steps
     loads = [cost.preconditioning(sides) + sum(map(cost.inversion, _sides(sides))) / share for cost in costs]
     column_of = dict(zip(names, _longest_first(loads, len(columns)), strict=True))
+    slot_of = refresh_slots(costs, inverse_every_n_steps, sides) if staggered else dict.fromkeys(names, 0)
     owner: dict[tuple[str, Side], int] = {}
     for index, column in enumerate(columns):
-        factors = [(cost, side) for cost in costs if column_of[cost.name] == index for side in cost.blocks(sides)]
-        places = _longest_first([cost.inversion(side) for cost, side in factors], gradient_workers)
-        owner.update({(cost.name, side): column[place] for (cost, side), place in zip(factors, places, strict=True)})
+        before = [0.0] * gradient_workers
+        members = [cost for cost in costs if column_of[cost.name] == index]
+        for slot in sorted({slot_of[cost.name] for cost in members}):
+            factors = [(cost, side) for cost in members if slot_of[cost.name] == slot for side in cost.blocks(sides)]
+            places = _longest_first([cost.inversion(side) for cost, side in factors], gradient_workers, before)
+            for (cost, side), place in zip(factors, places, strict=True):
+                owner[cost.name, side] = column[place]
+                before[place] += cost.inversion(side)
     rows = tuple(zip(*columns, strict=True))
-    return Assignment(world_size, gradient_workers, columns, rows, column_of, owner, tuple(costs), sides)
+    return Assignment(world_size, gradient_workers, columns, rows, column_of, owner, tuple(costs), slot_of, sides)
 
 
 def makespan_lower_bound(jobs: Sequence[float], workers: int) -> float:

@@ -255,6 +255,7 @@ class KFACConfig(LayerOptions):
     factor_decay: float = 0.95
     factor_every_n_steps: int = 10
     inverse_every_n_steps: int = 100
+    inverse_schedule: Literal["together", "staggered"] = "together"
     kl_clip: float | None = None
     loss_reduction: str | float = "mean"
     seed: int = 0
@@ -276,6 +277,7 @@ class KFACConfig(LayerOptions):
             raise ValueError("factor_decay=1 would never forget the first batch; choose a number below 1, such as 0.95")
         check_positive_int("factor_every_n_steps", self.factor_every_n_steps)
         check_positive_int("inverse_every_n_steps", self.inverse_every_n_steps)
+        check_choice("inverse_schedule", self.inverse_schedule, ("together", "staggered"))
         if self.kl_clip is not None:
             check_number("kl_clip", self.kl_clip, 0.0, open_low=True)
         if isinstance(self.loss_reduction, str):

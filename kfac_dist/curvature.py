@@ -185,8 +185,8 @@ class InverseExchange:
         return count * (size * size + size) if self._eigen else packed_words(shape)
 
     def refresh(self, states: Mapping[str, LayerState], damping: float, dtype: torch.dtype) -> list[Outcome]:
-        """Invert ``state.inverted`` of every layer of this column; returns the outcomes of this rank's own factors."""
-        layers = [layer for layer in self._layers if states[layer.name].inverted is not None]
+        """Invert ``state.inverted`` of the ``states`` of this column; returns the outcomes of this rank's factors."""
+        layers = [layer for layer in self._layers if layer.name in states and states[layer.name].inverted is not None]
         if not layers:
             return []
         shapes = {layer.name: factor_shapes(layer, self._sides) for layer in layers}

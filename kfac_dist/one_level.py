@@ -39,7 +39,8 @@ def assignment_of(
     fractions = {"comm_opt": 1.0, "mem_opt": 1.0 / world_size, "hybrid": distribution.gradient_worker_fraction}
     workers = nearest_divisor(world_size, fractions[distribution.strategy] or 1.0)
     costs = [layer_cost(layer) for layer in layers]
-    return assign(costs, world_size, workers, config.inverse_every_n_steps, config.factor_sides)
+    staggered = config.inverse_schedule == "staggered"
+    return assign(costs, world_size, workers, config.inverse_every_n_steps, config.factor_sides, staggered=staggered)
 
 
 def factor_dtype(layers: Sequence[Layer]) -> torch.dtype:
@@ -167,21 +168,24 @@ class OneLevel:
 
     # -- inverses -------------------------------------------------------------------------------------------------
 
-    def _inversion_due(self, step: int) -> bool:
-        missing = any(state.updates and state.inverted is None for state in self.states.values())
-        return missing or step % self.config.inverse_every_n_steps == 0
+    def _to_invert(self, step: int) -> list[str]:
+        """The layers whose turn it is, and those with their first factors."""
+        slot, slot_of = step % self.config.inverse_every_n_steps, self.assignment.slot_of
+        states = self.states.items()
+        return [name for name, s in states if s.updates and (s.inverted is None or slot_of[name] == slot)]
 
     def inverses_due(self, step: int) -> bool:
-        """Every n steps, and as soon as a layer has its first factors or a state was loaded."""
-        return self.rebuild or self._inversion_due(step)
+        """Whether it is some layer's turn, once in n steps, or a layer has its first factors, or a state was loaded."""
+        return self.rebuild or bool(self._to_invert(step))
 
     def update_inverses(self, step: int, damping: float) -> None:
-        """Invert the current factors or, between the steps for that, rebuild a loaded state's last inverses."""
-        if self._inversion_due(step):
-            self.counts["inverse_updates"] += 1
-            for state in self.states.values():
-                state.inverted = state.factors
-        outcomes = self._inverses.refresh(self.states, damping, self.dtype)
+        """Invert the current factors of the layers that are due and, after a state was loaded, rebuild all others."""
+        names = self._to_invert(step)
+        self.counts["inverse_updates"] += bool(names)
+        for name in names:
+            self.states[name].inverted = self.states[name].factors
+        states = self.states if self.rebuild else {name: self.states[name] for name in names}
+        outcomes = self._inverses.refresh(states, damping, self.dtype)
         self._own_fallbacks += sum(bool(outcome) for outcome in outcomes)
         self.rebuild = False
 

@@ -74,6 +74,8 @@ class KFACPreconditioner:
         uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
             Fisher block.
         initial_damping: where "adaptive" starts.
+        inverse_schedule: "together": every n steps all layers are inverted; "staggered": some at each of these n steps,
+            so that no step is much longer than the others (the first inversion is of all).
 
     Raises:
         ValueError: a value out of its bounds, a module name that does not exist, or a model without any layer that
@@ -106,6 +108,7 @@ class KFACPreconditioner:
         norm_blocks: Literal["diagonal", "channel", "full"] = "channel",
         uncovered: Literal["plain", "diagonal"] = "plain",
         initial_damping: float = 1.0,
+        inverse_schedule: Literal["together", "staggered"] = "together",
     ) -> None:
         if likelihood is None:
             warnings.warn(
@@ -133,6 +136,7 @@ class KFACPreconditioner:
             norm_blocks=norm_blocks,
             uncovered=uncovered,
             initial_damping=initial_damping,
+            inverse_schedule=inverse_schedule,
         )
         self.coarse = CoarseConfig.parse(coarse)
         if self.coarse is not None and damping == "adaptive":

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfac_dist.assignment import Assignment, LayerCost, assign, makespan_lower_bound, nearest_divisor
+from kfac_dist.assignment import Assignment, LayerCost, assign, makespan_lower_bound, nearest_divisor, refresh_slots
 
 dimensions = st.integers(1, 300)
 layer_lists = st.lists(st.tuples(dimensions, dimensions, st.integers(1, 4)), max_size=12).map(
@@ -110,6 +110,43 @@ def test_assignment_is_deterministic_and_ties_go_by_index(costs, world, kinds):
     assert assign(costs, world, 1, 7, kinds) == assign(list(costs), world, 1, 7, kinds)
     equal = [LayerCost(f"layer{i}", 3, 3) for i in range(world)]
     assert list(assign(equal, world, 1).column_of.values()) == list(range(world))
+
+
+@given(layer_lists, st.integers(1, 20), sides)
+def test_every_layer_has_one_slot_and_no_slot_is_needlessly_long(costs, every, kinds):
+    slots = refresh_slots(costs, every, kinds)
+    assert list(slots) == [cost.name for cost in costs]
+    assert all(0 <= slot < every for slot in slots.values())
+    jobs = [sum(cost.inversion(side) for side in cost.blocks(kinds)) for cost in costs]
+    loads = [sum(job for job, slot in zip(jobs, slots.values(), strict=True) if slot == s) for s in range(every)]
+    used = min(len(costs), every)
+    assert sum(load > 0 for load in loads) == used
+    if costs:
+        assert max(loads) <= sum(jobs) / used + max(jobs) * (1 - 1 / used)  # Graham's bound, longest first or not
+
+
+def test_fewer_layers_than_steps_are_spread_evenly():
+    assert list(refresh_slots(autoencoder(), 100).values()) == [24, 37, 62, 87, 99, 74, 49, 12]
+    assert sorted(refresh_slots(autoencoder(), 10).values()) == [1, 2, 3, 4, 6, 7, 8, 9]
+    assert set(refresh_slots(autoencoder(), 1).values()) == {0}
+    assert refresh_slots([], 5) == {}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_what_is_inverted_at_one_step_is_spread_over_the_ranks(world):
+    costs = autoencoder()
+    together, staggered = (assign(costs, world, world, 4, staggered=value) for value in (False, True))
+    assert set(together.slot_of.values()) == {0}
+    assert staggered.slot_of == refresh_slots(costs, 4)
+    for slot in range(4):
+        members = [cost for cost in costs if staggered.slot_of[cost.name] == slot]
+        jobs = [cost.inversion(side) for cost in members for side in ("A", "G")]
+        loads = [0] * world
+        for cost in members:
+            for side in ("A", "G"):
+                loads[staggered.owner[cost.name, side]] += cost.inversion(side)
+        assert sum(loads) == sum(jobs)
+        assert max(loads) <= 4 / 3 * optimal_makespan(jobs, world)
 
 
 def optimal_makespan(jobs: list[int], workers: int) -> int:

@@ -60,6 +60,7 @@ trainer:
         norm_blocks: full
         uncovered: diagonal
         initial_damping: 2
+        inverse_schedule: staggered
 """
 
 
@@ -117,6 +118,7 @@ def test_every_option_in_yaml(tmp_path):
         "norm_blocks": "full",
         "uncovered": "diagonal",
         "initial_damping": 2,
+        "inverse_schedule": "staggered",
     }
     assert callback._distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.5, timeout=30)
 
