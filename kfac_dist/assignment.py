@@ -1,4 +1,4 @@
-"""Who inverts which factor, and who preconditions which layer: a cost model and longest-processing-time-first.
+"""Who inverts which factor, and who preconditions which layer: a cost model, and schedules by it.
 
 The ranks form KAISA's grid (Pauloski et al. 2021, section 3.1): W gradient workers make one column; a layer belongs to
 one column, whose ranks all hold its inverses and precondition its gradient. Ranks at the same place of their columns
@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from kfac_dist.balance import Phase, balance, longest_first
 
 Side = Literal["A", "G"]
 Sides = Literal["both", "input"]
@@ -87,7 +89,7 @@ class Assignment:
 
     def preconditions(self, layer: str, rank: int) -> bool:
         """Whether ``rank`` holds the inverses of ``layer`` and preconditions its gradient."""
-        return rank in self.columns[self.column_of[layer]]
+        return rank // self.gradient_workers == self.column_of[layer]  # columns are contiguous
 
     def inversion_load(self, rank: int) -> int:
         """Cost of the factors that ``rank`` inverts between two inversions of the same layer."""
@@ -124,19 +126,6 @@ def nearest_divisor(world_size: int, fraction: float) -> int:
     return min(divisors, key=lambda d: (round(abs(d - fraction * world_size), 9), -d))
 
 
-def _longest_first(jobs: Sequence[float], workers: int, before: Sequence[float] = ()) -> list[int]:
-    """The worker of each job: longest job first, to the least loaded worker (Graham 1969).
-
-    Ties go to the worker with the least load from ``before``, then by index.
-    """
-    loads, chosen = [0.0] * workers, [0] * len(jobs)
-    before = before or [0.0] * workers
-    for job in sorted(range(len(jobs)), key=lambda i: (-jobs[i], i)):
-        chosen[job] = min(range(workers), key=lambda w: (loads[w], before[w], w))
-        loads[chosen[job]] += jobs[job]
-    return chosen
-
-
 def refresh_slots(costs: Sequence[LayerCost], every: int, sides: Sides = "both") -> dict[str, int]:
     """Layer name -> the one of ``every`` steps at which it is inverted, so that the steps are about equally long.
 
@@ -145,7 +134,7 @@ def refresh_slots(costs: Sequence[LayerCost], every: int, sides: Sides = "both")
     the same steps.
     """
     used = min(len(costs), every)
-    places = _longest_first([sum(map(cost.inversion, cost.blocks(sides))) for cost in costs], used)
+    places = longest_first([sum(map(cost.inversion, cost.blocks(sides))) for cost in costs], used)
     return {cost.name: ((place + 1) * every - 1) // used for cost, place in zip(costs, places, strict=True)}
 
 
@@ -160,9 +149,9 @@ def assign(
 ) -> Assignment:
     """Spread the layers over the columns and their factors over the ranks of the column.
 
-    A layer weighs, for a rank of its column and per step, its preconditioning plus its share of the inversions:
-    inversion / (W * inverse_every_n_steps). What is inverted at one step is spread over the ranks of its column.
-    Deterministic: every rank computes the same answer without talking.
+    Preconditioning, at every step, and inverting, every ``inverse_every_n_steps``, both end when the last rank has
+    done its share, so the columns are balanced in both. What is inverted at one step is spread over the ranks of its
+    column. Deterministic: every rank computes the same answer without talking.
 
     Args:
         costs: the layers, in the same order on every rank.
@@ -187,9 +176,10 @@ def assign(
         raise ValueError(f"layer names must be unique; twice: {sorted({n for n in names if names.count(n) > 1})}")
     starts = range(0, world_size, gradient_workers)
     columns = tuple(tuple(range(start, start + gradient_workers)) for start in starts)
-    share = gradient_workers * inverse_every_n_steps
-    loads = [cost.preconditioning(sides) + sum(map(cost.inversion, _sides(sides))) / share for cost in costs]
-    column_of = dict(zip(names, _longest_first(loads, len(columns)), strict=True))
+    preconditioning = [cost.preconditioning(sides) for cost in costs]
+    inversions = [sum(map(cost.inversion, _sides(sides))) / gradient_workers for cost in costs]
+    phases = [Phase(preconditioning, inverse_every_n_steps), Phase(inversions)]
+    column_of = dict(zip(names, balance(phases, len(columns)), strict=True))
     slot_of = refresh_slots(costs, inverse_every_n_steps, sides) if staggered else dict.fromkeys(names, 0)
     owner: dict[tuple[str, Side], int] = {}
     for index, column in enumerate(columns):
@@ -197,27 +187,9 @@ def assign(
         members = [cost for cost in costs if column_of[cost.name] == index]
         for slot in sorted({slot_of[cost.name] for cost in members}):
             factors = [(cost, side) for cost in members if slot_of[cost.name] == slot for side in cost.blocks(sides)]
-            places = _longest_first([cost.inversion(side) for cost, side in factors], gradient_workers, before)
+            places = longest_first([cost.inversion(side) for cost, side in factors], gradient_workers, before)
             for (cost, side), place in zip(factors, places, strict=True):
                 owner[cost.name, side] = column[place]
                 before[place] += cost.inversion(side)
     rows = tuple(zip(*columns, strict=True))
     return Assignment(world_size, gradient_workers, columns, rows, column_of, owner, tuple(costs), slot_of, sides)
-
-
-def makespan_lower_bound(jobs: Sequence[float], workers: int) -> float:
-    """No schedule of ``jobs`` on ``workers`` identical ranks can end before this.
-
-    The largest of: total / P; the longest job; and for k = 1, 2, ..: the sum of the k+1 smallest among the kP+1
-    longest jobs, since some rank must take k+1 of those.
-
-    Raises:
-        ValueError: ``workers`` is below 1.
-    """
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
-    ordered = sorted(jobs, reverse=True)
-    bounds = [sum(ordered) / workers, *ordered[:1]]
-    for k in range(1, (len(ordered) - 1) // workers + 1):
-        bounds.append(sum(ordered[: k * workers + 1][-(k + 1) :]))
-    return max(bounds)

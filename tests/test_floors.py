@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "kfac_dist"
 
 # Bottom to top: files and folders of kfac_dist/ by name. "__init__" is the public face, kfac_dist/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "registry", "environment", "compat", "draws", "metrics", "roll_call"),
+    ("config", "registry", "environment", "compat", "draws", "metrics", "roll_call", "balance"),
     ("factors", "inverse", "assignment", "fused", "schedules", "restrict", "coarse_solver"),
     ("state", "coarse_state"),
     ("layers", "likelihoods", "comm"),
@@ -50,7 +50,7 @@ ONLY_IN = {
     "mpi4py": ("comm.mpi",),
 }
 # Plain Python, fit to be read and tested without tensors.
-WITHOUT_TORCH = ("assignment", "environment", "registry", "roll_call")
+WITHOUT_TORCH = ("assignment", "balance", "environment", "registry", "roll_call")
 
 
 def files() -> dict[str, Path]:
