@@ -1,0 +1,52 @@
+"""A training step in plain PyTorch, the same lines for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def nothing() -> None:
+    """What most optimizers do between the forward and the backward."""
+
+
+def unchanged(closure: Callable[[], Tensor]) -> None:
+    """What most optimizers do to the gradient."""
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Optimizers, and what a preconditioner does before them.
+
+    Attributes:
+        optimizers: they step one after the other.
+        accumulate: called between the forward and the backward.
+        precondition: called after the backward; it gets a closure that returns the loss of the same batch.
+    """
+
+    optimizers: Sequence[Optimizer]
+    accumulate: Callable[[], None] = nothing
+    precondition: Callable[[Callable[[], Tensor]], None] = unchanged
+
+    def step(self, loss: Callable[[], Tensor], closure: Callable[[], Tensor]) -> Tensor:
+        """One step.
+
+        Args:
+            loss: the loss of the batch, with its graph.
+            closure: the same loss again, for methods that try a step out.
+
+        Returns:
+            The loss before the step, detached.
+        """
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        value = loss()
+        self.accumulate()
+        value.backward()
+        self.precondition(closure)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return value.detach()
