@@ -74,7 +74,7 @@ def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | Non
     Returns:
         (groups * blocks, d'', d'') where d'' = ceil(d' / blocks) and d' = d + 1 where ``ones``, else d.
     """
-    groups, count, dim = rows.shape
+    groups, count, _ = rows.shape
     if weights is not None:
         rows = rows * weights.to(rows.dtype)[None, :, None]
     if blocks > 1:
@@ -85,12 +85,17 @@ def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | Non
     moments = rows.mT @ rows
     if not ones:
         return moments
+    return with_ones(moments, rows.sum(1), count if weights is None else weights.to(rows.dtype).sum())
+
+
+def with_ones(moments: Tensor, sums: Tensor, count: Tensor | float) -> Tensor:
+    """Second moments (groups, d, d) of rows to which a 1 is appended, from the rows' ``sums`` (groups, d)."""
+    groups, dim, _ = moments.shape
     bordered = moments.new_empty(groups, dim + 1, dim + 1)
     bordered[:, :dim, :dim] = moments
-    sums = rows.sum(1)
     bordered[:, :dim, dim] = sums
     bordered[:, dim, :dim] = sums
-    bordered[:, dim, dim] = count if weights is None else weights.to(rows.dtype).sum()
+    bordered[:, dim, dim] = count
     return bordered
 
 

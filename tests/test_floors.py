@@ -37,6 +37,7 @@ SHARED = (
     "layers.watch",
     "layers.linear_map",
     "layers.convolution",
+    "layers.autocorrelation",
     "layers.joint",
     "layers.recurrence",
     "layers.repeat",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac_dist.factors import with_ones
+from kfac_dist.layers.autocorrelation import Patches
 from kfac_dist.layers.base import layers
 from kfac_dist.layers.convolution import Convolution
 
@@ -38,6 +43,32 @@ class ConvLayer(Convolution):
     def input_rows(self, x: Tensor) -> Tensor:
         """(B, C_in, *size) as patches (groups, B T, C_in / groups * kernel)."""
         return self.windows(self._padded(x), self.module.stride)
+
+    def input_moment(
+        self, x: Tensor, dtype: torch.dtype, weights: Tensor | None = None, samples: int | None = None
+    ) -> Tensor:
+        """See :meth:`Layer.input_moment`; without patches where their overlap makes that cheaper."""
+        flat = None
+        if weights is None and samples is None and self.has_weight and self.factors["A"].blocks == 1:
+            flat = self._overlapping(x)
+        if flat is None:
+            return super().input_moment(x, dtype, weights, samples)
+        flat = replace(flat, maps=flat.maps.to(dtype))
+        moment = flat.moment()[None]
+        return with_ones(moment, flat.sum()[None], flat.count) if self.has_bias else moment
+
+    def _overlapping(self, x: Tensor) -> Patches | None:
+        """The patches of ``x`` where their second moment is cheaper without cutting them out; else None."""
+        conv = self.module
+        if self.groups > 1 or self.dimensions > 2 or any(n > 1 for n in (*conv.stride, *conv.dilation)):
+            return None
+        zeros = conv.padding_mode == "zeros"
+        maps, sides = (self.batched(x), self._padding()) if zeros else (self._padded(x), [0] * 2 * self.dimensions)
+        rows, columns = (1, *conv.kernel_size)[-2:]
+        if self.dimensions == 1:
+            maps, sides = maps[:, :, None], [*sides, 0, 0]
+        patches = Patches(maps, (rows, columns), ((sides[2], sides[3]), (sides[0], sides[1])))
+        return patches if patches.pays else None
 
     def forward_with(self, x: Tensor, theta: Tensor) -> Tensor:
         """See :meth:`Layer.forward_with`."""

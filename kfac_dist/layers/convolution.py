@@ -58,9 +58,9 @@ class Convolution(Layer):
         return rows.flatten(2 + n).flatten(1, 1 + n)
 
     def output_rows(self, g: Tensor) -> Tensor:
-        """(B, C_out, *size) as (groups, B T, C_out / groups)."""
+        """(B, C_out, *size) as (groups, B T, C_out / groups), channel by channel in memory: products are faster so."""
         channels = self.batched(g).flatten(2).unflatten(1, (self.groups, -1))
-        return channels.permute(1, 0, 3, 2).flatten(1, 2)
+        return channels.permute(1, 2, 0, 3).flatten(2).mT
 
     def parameters_of(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of a Theta; where only the bias is trained, the weight is zero."""
