@@ -31,6 +31,7 @@ KINDS = {
     "cnn-true-factored": Run("cnn", empty_forward=True),
     "cnn-true-eigen": Run("cnn", options={"damping_method": "eigen", "fisher_samples": "exact"}),
     "cnn-empirical-factored": Run("cnn", "empirical", empty_forward=True),
+    # With less damping this run is chaotic: rounding grows more than tenfold with every step.
     "cnn-empirical-eigen": Run("cnn", "empirical", options={"damping_method": "eigen", "damping": 0.3}),
     "convolutions-true": Run("convolutions", options={"damping_method": "eigen"}),
     "convolutions-empirical-reduce": Run("convolutions", "empirical", options={"kfac_approx": "reduce"}),
