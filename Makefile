@@ -13,7 +13,7 @@ ARGS ?=
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
-EXTRAS := .[test,dev]
+EXTRAS := .[test,dev,docs]
 APT := $(if $(filter 0,$(shell id -u)),,sudo -n )env DEBIAN_FRONTEND=noninteractive apt-get -qq
 SLURM_PACKAGES := slurm-wlm slurm-wlm-basic-plugins munge libpmix2 libpmix-dev
 # Configuration, logs and state of the cluster; they stay.
@@ -23,7 +23,7 @@ ORACLE := requirements-oracle.txt
 # Changes with the requirements and with the place of this clone, to which the installation points.
 STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt $(ORACLE); pwd) | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo race soak test test-slurm lint format
+.PHONY: install demo race soak test test-slurm lint docs format
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ lint: $(STAMP)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q tests/test_floors.py
+
+# A warning is an error: a link or a name that does not exist.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 format: $(STAMP)
 	$(RUN) -m ruff format .

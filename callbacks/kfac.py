@@ -60,7 +60,7 @@ class KFAC(pl.Callback):
         factor_decay: decay of the factors' moving average, per factor update.
         factor_every_n_steps: optimizer steps between updates of the factors.
         inverse_every_n_steps: optimizer steps between inversions.
-        kl_clip: bound on lr^2 <direction, gradient> (nats), with the optimizer's current rates; None: off.
+        kl_clip: bound on ``lr^2 <direction, gradient>`` (nats), with the optimizer's current rates; None: off.
         loss_reduction: how the loss is formed from the samples' negative log-likelihoods: "mean" over samples, "sum",
             "mean_all" over all targets (``nn.MSELoss()``), or a number c for c times the mean over samples.
         skip_layers: regular expressions on module and class names.

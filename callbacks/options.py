@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from kfac_dist.coarse import coarse_spaces
+from kfac_dist.comm import communicators
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, check_number
 from kfac_dist.likelihoods import likelihoods
 
@@ -48,12 +49,19 @@ def parse_distribution(value: str | float | DistributionConfig | Mapping[str, An
         ValueError: an unknown name or keyword, or a value out of its bounds.
     """
     if not isinstance(value, Mapping):
-        return DistributionConfig.parse(value)
+        return _with_known_backends(DistributionConfig.parse(value))
     known = [field.name for field in fields(DistributionConfig)]
     unknown = sorted(set(value) - set(known))
     if unknown:
         raise ValueError(f"distribution has no {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
-    return DistributionConfig(**value)
+    return _with_known_backends(DistributionConfig(**value))
+
+
+def _with_known_backends(config: DistributionConfig) -> DistributionConfig:
+    """The configuration, refused where it names a backend that nobody has registered."""
+    for name in {config.backend, config.coarse_backend} - {"auto", None}:
+        communicators[name]  # type: ignore[index]
+    return config
 
 
 def parse_coarse(value: str | CoarseConfig | Mapping[str, Any] | None) -> CoarseConfig | None:

@@ -55,7 +55,8 @@ class DistributionConfig:
             preconditioned gradient each step) or "hybrid" (the fraction below).
         gradient_worker_fraction: share of the ranks that hold a layer's inverses, in (0, 1]; it makes the strategy
             "hybrid". It is rounded to the nearest divisor of the world size.
-        backend: "auto" takes torch.distributed where it is initialised, else one process.
+        backend: "single", "torch", "mpi" or one of your own that is registered in ``kfac_dist.comm``; "auto" takes
+            torch.distributed where it is initialised, else one process.
         coarse_backend: a channel of its own for the coarse level; None: the same as the fine level's.
         average_gradients: let ``step`` average ``param.grad`` over the ranks (without DDP).
         timeout: seconds until a collective on a group that we made gives up.
@@ -79,8 +80,9 @@ class DistributionConfig:
             )
         if self.gradient_worker_fraction is not None:
             check_number("gradient_worker_fraction", self.gradient_worker_fraction, 0.0, 1.0, open_low=True)
-        check_choice("backend", self.backend, ("auto", "single", "torch", "mpi"))
-        check_choice("coarse_backend", self.coarse_backend, (None, "single", "torch", "mpi"))
+        for name, value in (("backend", self.backend), ("coarse_backend", self.coarse_backend or "single")):
+            if not isinstance(value, str):  # which names there are, the registry of kfac_dist.comm knows
+                raise ValueError(f"{name}={value!r} must be the name of a communication backend, such as 'torch'")
         check_number("timeout", self.timeout, 0.0, open_low=True)
 
     @classmethod

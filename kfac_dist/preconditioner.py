@@ -53,7 +53,7 @@ class KFACPreconditioner:
         factor_decay: decay of the factors' moving average, per factor update.
         factor_every_n_steps: steps between updates of the factors.
         inverse_every_n_steps: steps between inversions.
-        kl_clip: bound on lr^2 <direction, gradient> (nats); None: off.
+        kl_clip: bound on ``lr^2 <direction, gradient>`` (nats); None: off.
         loss_reduction: how the training loss is formed from the samples' negative log-likelihoods, each summed over its
             outputs: "mean" over samples, "sum", "mean_all" over all targets (``nn.MSELoss()``), or a number c for
             c times the mean over samples ("empirical" cannot tell classes from targets: there "mean_all" means all

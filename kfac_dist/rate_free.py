@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from kfac_dist.compat import unwrap
-from kfac_dist.config import LayerOptions
+from kfac_dist.config import LayerOptions, check_number
 from kfac_dist.layers import covered_parameters, find_layers
 
 
@@ -24,8 +24,6 @@ def parameter_groups(
     factor_sides: Literal["both", "input"] = "both",
 ) -> list[dict[str, Any]]:
     """Parameter groups for the outer optimizer: what K-FAC covers, and the rest of the trainable parameters.
-
-    In a LightningModule, ``configure_optimizers`` returns ``SGD(parameter_groups(self, 1.0, 0.01), lr=1.0)``.
 
     Args:
         model: the model, plain or wrapped.
@@ -45,6 +43,27 @@ def parameter_groups(
     if rest:
         groups.append({"params": rest, "lr": uncovered_lr, "momentum": uncovered_momentum})
     return groups
+
+
+def rate_free_optimizer(
+    model: nn.Module, uncovered_lr: float = 0.01, uncovered_momentum: float = 0.9, **layer_options: Any
+) -> SGD:
+    """The outer optimizer of the learning-rate-free mode; in a LightningModule, what ``configure_optimizers`` returns.
+
+    What K-FAC covers gets lr = 1 and no momentum, as the coarse level chooses both; the rest is trained by plain SGD.
+
+    Args:
+        model: the model, plain or wrapped.
+        uncovered_lr: rate of the parameters that K-FAC does not cover.
+        uncovered_momentum: their momentum.
+        **layer_options: ``skip_layers``, ``uncovered`` and ``factor_sides``, the same as the preconditioner's.
+
+    Raises:
+        ValueError: a rate that is no number above 0, or a momentum outside [0, 1).
+    """
+    check_number("uncovered_lr", uncovered_lr, 0.0, open_low=True)
+    check_number("uncovered_momentum", uncovered_momentum, 0.0, 1.0)
+    return SGD(parameter_groups(model, 1.0, uncovered_lr, uncovered_momentum, **layer_options), lr=1.0)
 
 
 def check_rate_free(optimizer: Optimizer, covered: Sequence[nn.Parameter], space: str) -> None:
@@ -67,7 +86,8 @@ def check_rate_free(optimizer: Optimizer, covered: Sequence[nn.Parameter], space
             raise ValueError(
                 f"coarse={space!r} chooses the step itself and wants lr=1, but parameter group {number} also holds "
                 f"{len(foreign)} parameters that K-FAC does not cover (shapes {shapes}, ..): plain gradients at lr=1 "
-                "diverge. Build the optimizer from kfac_dist.parameter_groups(model, lr=1.0, uncovered_lr=..)"
+                "diverge. Build the optimizer by kfac_dist.rate_free_optimizer(model, uncovered_lr=..) or "
+                "kfac_dist.parameter_groups(model, lr=1.0, uncovered_lr=..)"
             )
         momentum = group.get("momentum", 0.0) or group.get("betas", (0.0,))[0]
         if own and (float(group["lr"]) != 1.0 or momentum):

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from kfac_dist import DistributionConfig, KFACPreconditioner
+from kfac_dist.callbacks import KFAC
 from kfac_dist.config import KFACConfig, evaluate
 
 NAN, INF = math.nan, math.inf
@@ -82,6 +84,16 @@ def test_bad_values(name: str, value: Any, message: str) -> None:
     assert not any(module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.parametrize("where", ["backend", "coarse_backend"])
+def test_an_unknown_backend(where: str) -> None:
+    config = DistributionConfig(**{where: "nccl"})
+    message = r"unknown communication backend 'nccl'; known: mpi, single, torch"
+    with pytest.raises(ValueError, match=message):
+        KFACPreconditioner(model(), "categorical", coarse="layer_step", distribution=config)
+    with pytest.raises(MisconfigurationException, match=message):  # before there is a model
+        KFAC("categorical", distribution=config)
+
+
 def test_patterns_of_an_approximation() -> None:
     with pytest.raises(ValueError, match=r"kfac_approx: '\(' is not a regular expression"):
         KFACPreconditioner(model(), "categorical", kfac_approx={"(": "reduce"})
@@ -108,8 +120,8 @@ def test_patterns(skip: Any, message: str) -> None:
             r"strategy='mem_opt' with gradient_worker_fraction=0\.5: the fraction goes with strategy='hybrid'",
         ),
         ({"strategy": "hybrid", "gradient_worker_fraction": 0}, r"gradient_worker_fraction=0 must be .*at most 1"),
-        ({"backend": "nccl"}, r"backend='nccl' is unknown; choose one of 'auto', 'single', 'torch', 'mpi'"),
-        ({"coarse_backend": "gloo"}, r"coarse_backend='gloo' is unknown"),
+        ({"backend": 3}, r"backend=3 must be the name of a communication backend, such as 'torch'"),
+        ({"coarse_backend": ["mpi"]}, r"coarse_backend=\['mpi'\] must be the name of a communication backend"),
         ({"timeout": 0}, r"timeout=0 must be a finite number above 0"),
         ({"timeout": INF}, r"timeout=inf must be a finite number above 0"),
     ],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac_dist import CoarseConfig, KFACPreconditioner
+from kfac_dist import CoarseConfig, KFACPreconditioner, rate_free_optimizer
 
 SPACES = ["layer_step_momentum", "scalar_momentum"]
 
@@ -124,3 +124,20 @@ def test_what_check_optimizer_said_is_not_said_again_by_the_step() -> None:
         kfac.check_optimizer(optimizer)
     with silence():
         step(kfac, optimizer)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_optimizer_that_fits(space: str) -> None:
+    model = net()
+    kfac = build(model, space)
+    optimizer = rate_free_optimizer(model, uncovered_lr=0.25, uncovered_momentum=0.5, skip_layers="LayerNorm")
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.25]
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.0, 0.5]
+    with silence():
+        step(kfac, optimizer)
+
+
+@pytest.mark.parametrize("options", [{"uncovered_lr": 0.0}, {"uncovered_lr": -1}, {"uncovered_momentum": 1.5}])
+def test_rates_that_cannot_be(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be a finite number"):
+        rate_free_optimizer(net(), **options)

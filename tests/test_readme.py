@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 
 import pytest
+
+from kfac_dist.coarse import coarse_spaces
+from kfac_dist.comm import communicators
+from kfac_dist.launch.base import launchers
+from kfac_dist.layers import layers
+from kfac_dist.likelihoods import likelihoods
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -23,9 +31,13 @@ PROGRAMS = [
 def test_every_program_runs(number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name, program = PROGRAMS[number]
+    module = types.ModuleType("readme")
+    monkeypatch.setitem(sys.modules, "readme", module)  # where a dataclass looks for its types
+    for registry in (layers, coarse_spaces, likelihoods, communicators, launchers):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(many workers|treespec|`srun`).*")
-        exec(compile(program, f"{name} program {number}", "exec"), {"__name__": "readme"})
+        exec(compile(program, f"{name} program {number}", "exec"), module.__dict__)
 
 
 def test_there_are_programs_for_both_loops():
@@ -57,3 +69,10 @@ def test_commands_are_targets_of_make():
     commands |= set(re.findall(r"make ([a-z-]+)", README))
     assert {"demo", "test"} <= commands
     assert [name for name in commands if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+
+
+def test_every_page_is_in_the_navigation_and_every_benchmarks_page_too():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
+    pages += [f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.md")]
+    assert [page for page in pages if not re.search(rf": {re.escape(page)}$", navigation, re.MULTILINE)] == []

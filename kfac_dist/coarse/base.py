@@ -38,7 +38,7 @@ def dense(vector: Vector) -> Tensor:
 
 
 def inner(v: Vector, w: Vector) -> Tensor:
-    """<v, w>, a float64 scalar on the device; rank-one pairs are not multiplied out."""
+    """``<v, w>``, a float64 scalar on the device; rank-one pairs are not multiplied out."""
     if isinstance(v, RankOne) and isinstance(w, RankOne):
         return torch.sum((v.g * w.g).sum(-1).double() * (v.a * w.a).sum(-1).double())
     if isinstance(v, RankOne) or isinstance(w, RankOne):
