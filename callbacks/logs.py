@@ -21,15 +21,26 @@ def log(
         pl_module: the module.
     """
     every = int(trainer.log_every_n_steps) if every_n_steps is None else every_n_steps  # type: ignore[attr-defined]
-    stepped = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
-    if every <= 0 or (stepped + 1) % every:
+    if every <= 0 or (logger_step(trainer) + 1) % every:
         return
     if every_n_steps is None:
         pl_module.log_dict(_named(metrics), on_step=True, on_epoch=False)
-    elif trainer.is_global_zero:
-        for logger in trainer.loggers:
-            logger.log_metrics(_named(metrics), step=stepped)
-            logger.save()
+    else:
+        send(metrics, trainer, logger_step(trainer))
+
+
+def send(metrics: Mapping[str, float], trainer: pl.Trainer, step: int) -> None:
+    """Log ``metrics`` under "kfac/" straight to every logger of rank 0; ``step`` as :func:`logger_step`."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        logger.log_metrics(_named(metrics), step=step)
+        logger.save()
+
+
+def logger_step(trainer: pl.Trainer) -> int:
+    """The number of the step that is being made, as loggers count: optimizer steps that are over."""
+    return getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
 
 
 def _named(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -46,6 +46,15 @@ class Spectrum:
         low, high = self.damped_range()
         return high / low
 
+    def shift(self, side: str) -> float | None:
+        """What the damping adds to the eigenvalues of one factor, at most; None where it is added to products."""
+        if self.G is None:
+            return self.damping if side == "A" else None
+        if self.pi is None:
+            return None
+        size = (self.damping / self.locations) ** 0.5
+        return float((size * self.pi if side == "A" else size / self.pi).max())
+
     def _extremes(self, damping: float) -> tuple[float, float]:
         low, high = (self._block(self.A[:, end], damping, end) for end in (0, -1))
         return float(low.min()), float(high.max())
@@ -84,6 +93,8 @@ def spectra(
             }
         except torch.linalg.LinAlgError:  # it did not converge: nothing to look at this time
             continue
+        if not all(bool(value.isfinite().all()) for value in values.values()):
+            continue
         pi = None
         if factored and factors.G is not None:
             A, G = layer.factors["A"], layer.factors["G"]
@@ -96,10 +107,18 @@ def _eigenvalues(factor: Tensor, held: object, shape: FactorShape) -> Tensor:
     """(groups, dim), ascending."""
     if isinstance(held, EigenDecomposition):
         values = held.values
+    elif shape.size == 1:
+        values = factor[..., 0]
     else:
-        values = factor[..., 0] if shape.size == 1 else torch.linalg.eigvalsh(factor)
+        values = _eigvalsh(factor)
     values = values.double().cpu().clamp_min(0.0).view(shape.groups, shape.blocks, shape.size).sort(-1).values
     # Where the last block ends in zeros, they are its smallest eigenvalues.
     padding = shape.blocks * shape.size - shape.dim
     parts = [values[:, :-1].flatten(1), values[:, -1, padding:]]
     return torch.cat(parts, dim=1).sort(-1).values
+
+
+def _eigvalsh(factor: Tensor) -> Tensor:
+    """In the factor's type, which can overflow where many inputs are always zero, else in float64."""
+    values = torch.linalg.eigvalsh(factor)
+    return values if bool(values.isfinite().all()) else torch.linalg.eigvalsh(factor.double())

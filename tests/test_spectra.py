@@ -109,3 +109,25 @@ def test_ready_metrics_are_those_that_wait_for_nothing():
     waiting = set(kfac.metrics) - set(ready)
     assert {"grad_norm", "direction_norm", "coarse/beta/0/0", "ms/factors"} <= waiting
     assert {f"ms/{phase}" for phase in kfac.metrics.timer.milliseconds()} <= waiting
+
+
+@pytest.mark.parametrize("double_works", [True, False])
+def test_eigenvalues_that_overflow_are_computed_in_float64(monkeypatch, double_works):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    kfac = KFACPreconditioner(model, "categorical", factor_every_n_steps=1, inverse_every_n_steps=1)
+    logits = model(torch.randn(8, 4))
+    kfac.accumulate()
+    nn.functional.cross_entropy(logits, torch.zeros(8).long()).backward()
+    kfac.step(lr=0.1)
+    expected, real = kfac.spectra(), torch.linalg.eigvalsh
+
+    def overflows(matrix: Tensor) -> Tensor:
+        wrong = matrix.dtype == torch.float32 or not double_works
+        return real(matrix) * (float("nan") if wrong else 1.0)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", overflows)
+    found = kfac.spectra()
+    assert set(found) == (set(expected) if double_works else set())
+    for name, spectrum in found.items():
+        torch.testing.assert_close(spectrum.A, expected[name].A, rtol=1e-5, atol=1e-7)

@@ -19,6 +19,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from kfac_dist import DistributionConfig
+from kfac_dist.callbacks import KFACMonitor
 from kfac_dist.study.resumable import ResumableLoader
 from tests.callbacks.tiny import (
     BATCH,
@@ -220,7 +221,7 @@ def fits(rank: int, world_size: int, callback: dict[str, Any]) -> dict[str, Any]
     return results
 
 
-class _Keeping(Logger):
+class Keeping(Logger):
     """Keeps what is logged, on every rank."""
 
     def __init__(self) -> None:
@@ -244,7 +245,17 @@ class _Keeping(Logger):
 
 def logged(rank: int, world_size: int, every: int | None) -> list[tuple[int, float]]:
     """(step of the logger, K-FAC's own step) of every line that this rank's logger was given."""
-    logger = _Keeping()
+    logger = Keeping()
     options = ddp(world_size) | {"logger": logger, "log_every_n_steps": 1}
     fit(Classifier(), [kfac(log_every_n_steps=every)], loader(rank=rank, ranks=world_size), **options)
     return [(step, line["kfac/step"]) for step, line in logger.lines if "kfac/step" in line]
+
+
+def monitored(rank: int, world_size: int, folder: str, callback: dict[str, Any]) -> list[tuple[int | None, dict]]:
+    """What the monitor sends to this rank's logger in three steps of float64; pictures go to ``folder``."""
+    logger = Keeping()
+    options = ddp(world_size) if world_size > 1 else {}
+    options |= {"precision": "64-true", "logger": logger, "log_every_n_steps": 1, "default_root_dir": folder}
+    callbacks = [kfac(**callback, log_every_n_steps=0), KFACMonitor(every_n_steps=1, summary=False)]
+    fit(Classifier(), callbacks, loader(rank=rank, ranks=world_size), **options)
+    return logger.lines
