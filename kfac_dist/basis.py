@@ -7,6 +7,7 @@ they came, coarse ones (m,) to the orthonormal ones: t = C beta. No orthonormal 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -32,8 +33,26 @@ class Basis:
         self.blocks = 1 if spans_network else len(self.names)
         first = dense(next(iter(self.vectors.values()))[0])
         self.like = first.new_zeros(())
-        self.gram = self._gram()
-        self.coefficients = orthonormal_coefficients(self.gram, torch.finfo(first.dtype).eps)
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """Inner products of the raw vectors, (n, k, k), float64; steps with kept coefficients do not ask for them."""
+        grams: list[Tensor] = []
+        zero = torch.zeros((), dtype=torch.float64, device=self.like.device)
+        for name in self.names:
+            each = self.vectors[name]
+            entries = [[zero] * self.count for _ in range(self.count)]
+            for a, b in product(range(len(each)), repeat=2):
+                if a <= b:
+                    entries[a][b] = entries[b][a] = inner(each[a], each[b])
+            grams.append(torch.stack([torch.stack(row) for row in entries]))
+        stacked = torch.stack(grams)
+        return stacked.sum(0, keepdim=True) if self.spans_network else stacked
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """C (n, k, k), which makes the raw vectors orthonormal."""
+        return orthonormal_coefficients(self.gram, torch.finfo(self.like.dtype).eps)
 
     @property
     def dimension(self) -> int:
@@ -47,19 +66,6 @@ class Basis:
 
     def _block(self, name: str) -> int:
         return 0 if self.spans_network else self.names.index(name)
-
-    def _gram(self) -> Tensor:
-        grams: list[Tensor] = []
-        zero = torch.zeros((), dtype=torch.float64, device=self.like.device)
-        for name in self.names:
-            each = self.vectors[name]
-            entries = [[zero] * self.count for _ in range(self.count)]
-            for a, b in product(range(len(each)), repeat=2):
-                if a <= b:
-                    entries[a][b] = entries[b][a] = inner(each[a], each[b])
-            grams.append(torch.stack([torch.stack(row) for row in entries]))
-        stacked = torch.stack(grams)
-        return stacked.sum(0, keepdim=True) if self.spans_network else stacked
 
     def dots_by_layer(self, other: Mapping[str, Tensor]) -> Tensor:
         """<V_ij, other_i> of the raw vectors, one row per LAYER: (layers, k), float64."""

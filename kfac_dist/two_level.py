@@ -100,7 +100,7 @@ class TwoLevel:
             return None
         basis = Basis(self.space.vectors(fine), self.space.spans_network)
         names, t = self._kept or ([], None)
-        if not due and t is not None and names == basis.names and t.shape == basis.coefficients.shape[:2]:
+        if not due and t is not None and names == basis.names and t.shape == (basis.blocks, basis.count):
             self._candidate = None
             return self._correction(basis, t)
         self.dimension = basis.dimension

@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kfac_dist import CoarseConfig, KFACPreconditioner
+from kfac_dist import CoarseConfig, KFACPreconditioner, basis
 from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import make_communicator
+from kfac_dist.restrict import orthonormal_coefficients
 from kfac_dist.samples import Samples
 from kfac_dist.two_level import TwoLevel
 from tests.helpers.cases import cases
@@ -35,6 +36,19 @@ def test_between_solves(space: str) -> None:
     corrected = [m["corrected"] for m in check(setup, "mlp-categorical", steps=7)]
     wanted = [1.0] * 7 if space in ("layer_step", "scalar", "pcg") else [1.0, 0, 0, 1, 0, 0, 1]
     assert corrected == wanted
+
+
+def test_between_solves_nothing_is_made_orthonormal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept coefficients belong to the raw vectors: the step costs their prolongation and no more."""
+    made: list[tuple[int, ...]] = []
+
+    def spy(gram: torch.Tensor, eps: float) -> torch.Tensor:
+        made.append(tuple(gram.shape))
+        return orthonormal_coefficients(gram, eps)
+
+    monkeypatch.setattr(basis, "orthonormal_coefficients", spy)
+    check(Setup(space="layer_step", every=3, factor_every=2), "mlp-categorical", steps=7)
+    assert made == [(3, 1, 1)] * 3  # at steps 0, 3 and 6
 
 
 def test_spectral_vectors_are_those_of_the_current_factors() -> None:
