@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +53,13 @@ class Protocol:
     epochs: int
     seconds: float
     marks: tuple[float, ...]
+
+    def command(self) -> str:
+        """How to call for this protocol; places of files are left out."""
+        options = {"problem": self.problem, "trials": self.trials, "tuning-epochs": self.tuning_epochs}
+        options |= {"seeds": " ".join(map(str, self.seeds)), "epochs": self.epochs, "seconds": f"{self.seconds:g}"}
+        words = [f"--{name} {value}" for name, value in options.items()]
+        return " ".join(["python -m benchmarks.race", *words, "--marks", *(f"{mark:g}" for mark in self.marks)])
 
     def evaluations(self) -> tuple[float, ...]:
         """Seconds at which the losses are evaluated: every twelfth of the time, and at the marks."""
@@ -162,8 +168,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     extra = protocol.finals("kfac", {}, label="as") if any(method(name).one_level for name in names) else []
     sgd = calibrate(protocol.problem, folder)
     if not arguments.resume:
-        for run in [*tuning, *finals]:
-            file_of(run, folder).unlink(missing_ok=True)
+        twins = (folder / protocol.problem).glob("*/as-*.jsonl")
+        for path in [*(file_of(run, folder) for run in [*tuning, *finals]), *twins]:
+            path.unlink(missing_ok=True)
     todo = [run for run in tuning if not finished(run, folder)]
     seconds = [estimate(part, sgd, arguments.processes) for part in (todo, finals, extra)]
     console.print(
@@ -188,10 +195,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if best is not None:
         run_all(twin(protocol, best, folder), folder, arguments.processes, told)
     curves = collect(protocol, folder)
-    command = " ".join(["python -m benchmarks.race", *(sys.argv[1:] if argv is None else argv)])
     plot(curves, folder / "race.png", protocol.epochs, protocol.seconds)
     left_out = available(list(METHODS))[1]
-    arguments.output.write_text(page(curves, protocol, arguments.processes, left_out, command))
+    arguments.output.write_text(page(curves, protocol, arguments.processes, left_out))
     console.print(f"written: {arguments.output} and {folder / 'race.png'}; {(time.monotonic() - began) / 60:.1f} min")
 
 

@@ -26,6 +26,7 @@ Runs = Sequence[Sequence[Line]]
 ADAM_SECONDS, WITHIN_SECONDS = 60.0, 20.0
 AFTER_EPOCHS, BELOW = 10, 0.08
 AHEAD = 0.10
+NOBODY = "nobody"
 QUIET = 0.95
 """Least share of a core that a timed run has to get."""
 
@@ -160,7 +161,7 @@ def leader(curves: Curves, value: Callable[..., float], *arguments: Any, ours: b
     """The lowest median, and whose it is."""
     names = [name for name in curves.lines if ours is None or method(name).ours == ours]
     values = [(median(curves.lines[name], value, *arguments), method(name).title) for name in names]
-    return min(values, default=(math.inf, "nobody"))
+    return min(values, default=(math.inf, NOBODY))
 
 
 def targets(curves: Curves, protocol: Protocol, adam: float) -> list[Target]:
@@ -181,11 +182,12 @@ def targets(curves: Curves, protocol: Protocol, adam: float) -> list[Target]:
     for mark in protocol.marks:
         mine, theirs = (leader(curves, after_seconds, mark, ours=side) for side in (True, False))
         said = f"{mine[1]}: {text(mine[0])}; {theirs[1]}: {text(theirs[0])}"
-        found.append(Target(f"ahead of everything after {mark:g} s", said, mine[0] < theirs[0]))
+        told = mine[0] < theirs[0] if theirs[1] != NOBODY else None
+        found.append(Target(f"ahead of everything after {mark:g} s", said, told))
     when, who = leader(curves, seconds_to, adam, ours=True)
-    told = None if protocol.seconds < ADAM_SECONDS or "adam" not in curves.lines else when <= WITHIN_SECONDS
+    within = None if protocol.seconds < ADAM_SECONDS or "adam" not in curves.lines else when <= WITHIN_SECONDS
     what = f"Adam's loss after {ADAM_SECONDS:g} s ({text(adam)}) in at most {WITHIN_SECONDS:g} s"
-    found.append(Target(what, f"{who}: {text(when, 1)} s", told))
+    found.append(Target(what, f"{who}: {text(when, 1)} s", within))
     return found + two_level_targets(curves, protocol)
 
 
@@ -218,7 +220,7 @@ def quiet(curves: Curves) -> str:
     return said + "**The machine was not quiet: take the seconds as rough.**"
 
 
-def page(curves: Curves, protocol: Protocol, processes: int, left_out: Mapping[str, str], command: str) -> str:
+def page(curves: Curves, protocol: Protocol, processes: int, left_out: Mapping[str, str]) -> str:
     """The whole page."""
     adam = median(curves.lines["adam"], after_seconds, ADAM_SECONDS) if "adam" in curves.lines else math.inf
     sample = next((lines for runs in curves.lines.values() for lines in runs), [{"torch": torch.__version__}, {}])
@@ -226,8 +228,8 @@ def page(curves: Curves, protocol: Protocol, processes: int, left_out: Mapping[s
     lines = [
         f"# Race: {curves.problem.title}",
         "",
-        f"`{command}`: {curves.problem.unit}, mean over the training samples; medians over {len(protocol.seeds)} "
-        f"seeds, ranges in parentheses. Batch {begin['batch_size']}, {begin['samples'][0]:,} samples for training and "
+        f"`{protocol.command()}`: {curves.problem.unit}, mean over the training samples; medians over "
+        f"{len(protocol.seeds)} seeds, ranges in parentheses. Batch {begin['batch_size']}, {begin['samples'][0]:,} samples for training and "
         f"{begin['samples'][1]:,} held out, one process and one thread per run, {processes} runs at a time. Each "
         f"method: {protocol.trials} trials of {protocol.tuning_epochs} epochs, its documented default first and then "
         "quasi-random points, chosen on the training loss of another seed; then fresh seeds until "

@@ -66,7 +66,7 @@ def test_a_diverged_run_is_the_worst_of_all(end: str) -> None:
     assert after_epochs(lines, 2) == pytest.approx(1 / 3)
     curves = raced(kfac=1.0)
     curves.lines["kfac"] = [made(1.0), lines, lines]
-    text = page(curves, protocol(seeds=(0, 1, 2)), 2, {}, "race")
+    text = page(curves, protocol(seeds=(0, 1, 2)), 2, {})
     assert "| - (0.0909 to -) |" in text
     assert "2 of 3 |" in text
 
@@ -93,6 +93,8 @@ def test_the_verdicts_follow_the_numbers() -> None:
 
 def test_a_rival_that_did_not_run_leaves_its_target_open() -> None:
     assert verdicts(raced(adam=0.1, kfac=1.0, muon=0.5))["per epoch ahead of SOAP"] is None
+    alone = {target.what: target.met for target in targets(raced(kfac=1.0), protocol(), math.inf)}
+    assert alone["ahead of everything after 20 s"] is None
 
 
 def test_a_busy_machine_is_said() -> None:
