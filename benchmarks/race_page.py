@@ -229,11 +229,11 @@ def page(curves: Curves, protocol: Protocol, processes: int, left_out: Mapping[s
         f"# Race: {curves.problem.title}",
         "",
         f"`{protocol.command()}`: {curves.problem.unit}, mean over the training samples; medians over "
-        f"{len(protocol.seeds)} seeds, ranges in parentheses. Batch {begin['batch_size']}, {begin['samples'][0]:,} samples for training and "
-        f"{begin['samples'][1]:,} held out, one process and one thread per run, {processes} runs at a time. Each "
-        f"method: {protocol.trials} trials of {protocol.tuning_epochs} epochs, its documented default first and then "
-        "quasi-random points, chosen on the training loss of another seed; then fresh seeds until "
-        f"{protocol.epochs} epochs and {protocol.seconds:g} s are over. Seconds are those of the training steps, "
+        f"{len(protocol.seeds)} seeds, ranges in parentheses. Batch {begin['batch_size']}, {begin['samples'][0]:,} "
+        f"samples for training and {begin['samples'][1]:,} held out, one process and one thread per run, {processes} "
+        f"runs at a time. Each method: {protocol.trials} trials of {protocol.tuning_epochs} epochs, its documented "
+        "default first and then quasi-random points, chosen on the training loss of another seed; then fresh seeds "
+        f"until {protocol.epochs} epochs and {protocol.seconds:g} s are over. Seconds are those of the training steps, "
         "evaluations left out. Runs of one seed begin with the same weights and see the same batches. "
         f"torch {sample[0]['torch']}, {platform.machine()}. {quiet(curves)}",
         "",
