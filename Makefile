@@ -23,12 +23,15 @@ ORACLE := requirements-oracle.txt
 # Changes with the requirements and with the place of this clone, to which the installation points.
 STAMP := $(VENV)/.kfac-dist-$(shell (cat pyproject.toml constraints.txt $(ORACLE); pwd) | cksum | cut -d ' ' -f 1)
 
-.PHONY: install demo race soak test test-slurm lint docs format
+.PHONY: install demo bench race soak test test-slurm lint docs format
 
 install: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) -m benchmarks.demo $(ARGS)
+
+bench: $(STAMP)
+	$(RUN) -m benchmarks.steps $(ARGS)
 
 race: $(STAMP)
 	$(RUN) -m benchmarks.race $(ARGS)

@@ -17,7 +17,7 @@ from kfac_dist.launch import __main__ as command
 from tests.test_floors import FILES
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = {f"benchmarks.{path.stem}": path for path in (ROOT / "benchmarks").glob("*.py")}
+BENCHMARKS = {str(path.relative_to(ROOT)): path for path in (ROOT / "benchmarks").rglob("*.py")}
 EVERYTHING = FILES | BENCHMARKS
 FORBIDDEN = {
     "pickle": "torch.load(weights_only=True) reads what we write",
