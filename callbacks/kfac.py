@@ -81,6 +81,7 @@ class KFAC(pl.Callback):
         uncovered: parameters that no layer type treats keep their "plain" gradient, or get the "diagonal" of their
             Fisher block.
         initial_damping: where "adaptive" starts.
+        factor_samples: share of the samples, in (0, 1], that the factors are made of, chosen anew at each update.
         inverse_schedule: invert all layers "together", every n steps, or "staggered": some at each of these n steps.
 
     Raises:
@@ -116,6 +117,7 @@ class KFAC(pl.Callback):
         uncovered: Literal["plain", "diagonal"] = "plain",
         initial_damping: float = 1.0,
         inverse_schedule: Literal["together", "staggered"] = "together",
+        factor_samples: float = 1.0,
     ) -> None:
         self._options: dict[str, Any] = {
             "likelihood": likelihood,
@@ -139,6 +141,7 @@ class KFAC(pl.Callback):
             "uncovered": uncovered,
             "initial_damping": initial_damping,
             "inverse_schedule": inverse_schedule,
+            "factor_samples": factor_samples,
         }
         with misconfigurations():
             check_options(self._options, clip_raw_gradients, log_every_n_steps)

@@ -255,6 +255,7 @@ class KFACConfig(LayerOptions):
     initial_damping: float = 1.0
     damping_method: Literal["factored", "eigen"] = "factored"
     factor_decay: float = 0.95
+    factor_samples: float = 1.0
     factor_every_n_steps: int = 10
     inverse_every_n_steps: int = 100
     inverse_schedule: Literal["together", "staggered"] = "together"
@@ -277,6 +278,7 @@ class KFACConfig(LayerOptions):
         check_number("factor_decay", self.factor_decay, 0.0, 1.0)
         if self.factor_decay == 1:
             raise ValueError("factor_decay=1 would never forget the first batch; choose a number below 1, such as 0.95")
+        check_number("factor_samples", self.factor_samples, 0.0, 1.0, open_low=True)
         check_positive_int("factor_every_n_steps", self.factor_every_n_steps)
         check_positive_int("inverse_every_n_steps", self.inverse_every_n_steps)
         check_choice("inverse_schedule", self.inverse_schedule, ("together", "staggered"))

@@ -1,7 +1,7 @@
 """The two collectives of the fine level: statistics to factors, and factors to inverses.
 
 Words of the buffers, with a and g the sides of a layer's dense factors (blocks count one by one):
-    factors   sum over layers of a (a + 1) / 2 + g (g + 1) / 2, plus a header of 6 + layers + 2 ranks
+    factors   sum over layers of a (a + 1) / 2 + g (g + 1) / 2, plus a header of 7 + layers + 2 ranks
     inverses  the same sum ("factored" with a constant damping), or a^2 + a + g^2 + g (eigenbases), plus one status
               per factor
 """
@@ -100,7 +100,7 @@ def reduce_statistics(
     A rank without samples takes part with zeros; one whose sums are not finite sends zeros and says so in the header.
     """
     ranks, count = communicator.size, len(layers)
-    sizes: dict[object, int] = {"header": 6 + count + 2 * ranks}
+    sizes: dict[object, int] = {"header": 7 + count + 2 * ranks}
     for layer in layers:
         for side, shape in factor_shapes(layer, sides).items():
             sizes[layer.name, side] = packed_words(shape)
@@ -109,19 +109,19 @@ def reduce_statistics(
         for side in sides:
             for name, moment in statistics.sums(side).items():
                 pack_symmetric(moment.to(dtype), out=buffer[name, side])
-    counts = [statistics.samples, statistics.elements, statistics.summed]
+    counts = [statistics.samples, statistics.elements, statistics.summed, statistics.taken]
     counts += [statistics.rows[layer.name] for layer in layers]
     header = [0.0] * sizes["header"]
     header[:3] = [float(not health.statistics), float(not health.gradients), float(health.fallbacks)]
-    header[3 : 6 + count] = counts if health.statistics else [0.0] * (3 + count)
-    mine = 6 + count + 2 * communicator.rank
+    header[3 : 7 + count] = counts if health.statistics else [0.0] * (4 + count)
+    mine = 7 + count + 2 * communicator.rank
     header[mine : mine + 2] = health.checksums
     buffer["header"].copy_(torch.tensor(header, dtype=dtype))
 
     communicator.all_reduce(buffer.flat, phase="factors")
 
     total = buffer["header"].tolist()
-    samples, rows = total[3], dict(zip((layer.name for layer in layers), total[6 : 6 + count], strict=True))
+    samples, rows = total[6], dict(zip((layer.name for layer in layers), total[7 : 7 + count], strict=True))
     factors: dict[str, Factors] = {}
     for layer in layers:
         n = rows[layer.name]
@@ -132,10 +132,10 @@ def reduce_statistics(
                 for side, shape in factor_shapes(layer, sides).items()
             }
             factors[layer.name] = Factors(parts["A"], parts.get("G"), n / samples)
-    pairs = total[6 + count :]
+    pairs = total[7 + count :]
     return Reduced(
         factors=factors,
-        samples=samples,
+        samples=total[3],
         elements=total[4],
         summed=total[5],
         failed_ranks=round(total[0]),

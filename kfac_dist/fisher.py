@@ -23,6 +23,7 @@ from kfac_dist.loss_check import LossCheck
 from kfac_dist.sample_order import allowed_leak, alone, samples_first, spread
 from kfac_dist.samples import KeptBatch, Samples
 from kfac_dist.statistics import MicroBatch, Statistics
+from kfac_dist.subset import Subset
 
 
 def module_named(model: nn.Module, output_module: str | nn.Module | None) -> nn.Module:
@@ -94,21 +95,25 @@ class Fisher:
         self.statistics = Statistics(layers, config.factor_sides == "both")
         self.capture = Capture(layers, output, self._take_training_gradients if self._empirical else None)
         self._batches: dict[int, MicroBatch] = {}
-        self._counted: set[int] = set()
+        self._ids: dict[int, Tensor] = {}
+        self._subsets: dict[int, Subset] = {}
+        self._step = 0
         self.samples: Samples | None = None
         self._kept: dict[int, KeptBatch | None] = {}
         self._layers = layers
         self._checked_order = False
         self.loss_check = LossCheck(config, rank)
 
-    def begin(self, active: bool, samples: Samples | None = None) -> None:
-        """Forget the last window and record the next one, or not; ``samples`` collects some for the coarse level."""
+    def begin(self, active: bool, step: int, samples: Samples | None = None) -> None:
+        """Forget the last window and record that of ``step``, or not; ``samples`` are those of the coarse level."""
+        self._step = step
         self.samples = samples
         self._kept.clear()
         self.capture.clear()
         self.statistics.clear()
         self._batches.clear()
-        self._counted.clear()
+        self._ids.clear()
+        self._subsets.clear()
         self.capture.active = active
 
     def forget(self) -> None:
@@ -124,6 +129,8 @@ class Fisher:
         if self._empirical:
             for index in range(max(self._batches, default=-1) + 1, len(self.capture.outputs)):
                 self._batches[index] = self._micro_batch(index, self.capture.outputs[index], mask, loss_divisor)
+                if sample_ids is not None:
+                    self._ids[index] = sample_ids
             return
         try:
             with torch.autocast(self.capture.outputs[0].device.type, enabled=False):
@@ -201,22 +208,36 @@ class Fisher:
                 gradients = iter(self._gradients_at(calls, output, cotangent))
                 if number == 0 and self._order_matters(batch):
                     self._check_order(calls, output, cotangent)
+                subset = self._subset(batch, ids)
                 with full_float32():  # the pass itself ran in the precision of the user's backward
                     for call in calls:
                         at_outputs = [next(gradients) for _ in call.edges]
-                        self._take(call, call.parts(at_outputs), batch, weight, first=number == 0)
-            self.statistics.add_batch(batch)
+                        self._take(call, call.parts(at_outputs), batch, subset, weight, first=number == 0)
+            self.statistics.add_batch(batch, subset.batch.valid)
             if watch:  # only now: a tensor hook would fire in the pass above as well
                 self.loss_check.watch_training(output, batch.per_sample_scale(self._config.loss_reduction))
 
-    def _take(self, call: Call, parts: Sequence[Part], batch: MicroBatch, weight: float, *, first: bool) -> None:
+    def _take(
+        self, call: Call, parts: Sequence[Part], batch: MicroBatch, subset: Subset, weight: float, *, first: bool
+    ) -> None:
         """One draw of one call into the sums and, within the quota, to the coarse level's samples."""
         for index, part in enumerate(samples_first(part, batch.size) for part in parts):
             if first:
                 self._check_shared(part, batch)
-                self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
-            self.statistics.add_output(part, batch, weight)
+            self._add(part, subset, weight, inputs=first)
             self._keep(batch, (call.number, index), part, weight**0.5)
+
+    def _subset(self, batch: MicroBatch, ids: Tensor) -> Subset:
+        """The samples that the factors are made of."""
+        return Subset.of(batch, self._config.factor_samples, self._config.seed, self._step, ids)
+
+    def _add(self, part: Part, subset: Subset, weight: float, scale: float = 1.0, *, inputs: bool) -> None:
+        """One draw of one call into the sums, with its input where that is not in them yet."""
+        if subset:
+            taken = subset.part(part)
+            if inputs:
+                self.statistics.add_input(taken.layer, taken.x, taken.layer.rows(taken.g), subset.batch)
+            self.statistics.add_output(taken, subset.batch, weight, scale)
 
     def _check_shared(self, part: Part, batch: MicroBatch) -> None:
         """Where an output serves all samples, only the sum of their gradients is known: sampled targets make do."""
@@ -306,16 +327,16 @@ class Fisher:
         batch = self._batches[index]
         if not batch.size:  # this rank's share of the batch is empty
             return
-        if index not in self._counted:
-            self._counted.add(index)
-            self.statistics.add_batch(batch)
+        if index not in self._subsets:
+            ids = self._sample_ids(self._ids.get(index), batch, self.capture.outputs[index].device)
+            self._subsets[index] = self._subset(batch, ids)
+            self.statistics.add_batch(batch, self._subsets[index].batch.valid)
         scale = batch.per_sample_scale(self._config.loss_reduction)
         device = self.capture.outputs[index].device.type
         with torch.no_grad(), torch.autocast(device, enabled=False), full_float32():
             for number, part in enumerate(samples_first(part, batch.size) for part in call.parts(gradients)):
                 self._check_shared(part, batch)
-                self.statistics.add_input(part.layer, part.x, part.layer.rows(part.g), batch)
-                self.statistics.add_output(part, batch, 1.0, scale)
+                self._add(part, self._subsets[index], 1.0, scale, inputs=True)
                 self._keep(batch, (call.number, number), part, scale)
 
     # -- for the coarse level -------------------------------------------------------------------------------------

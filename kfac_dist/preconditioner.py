@@ -51,6 +51,8 @@ class KFACPreconditioner:
             (T (G (x) A) + lambda I)^-1.
         factor_sides: "both", or "input": only A (Benzing 2022, arXiv 2201.12250).
         factor_decay: decay of the factors' moving average, per factor update.
+        factor_samples: share of the samples, in (0, 1], that the factors are made of, chosen anew at each update: they
+            stay unbiased, in a share s of the time, with 1 / sqrt(s) times the error of the whole batch.
         factor_every_n_steps: steps between updates of the factors.
         inverse_every_n_steps: steps between inversions.
         kl_clip: bound on ``lr^2 <direction, gradient>`` (nats); None: off.
@@ -109,6 +111,7 @@ class KFACPreconditioner:
         uncovered: Literal["plain", "diagonal"] = "plain",
         initial_damping: float = 1.0,
         inverse_schedule: Literal["together", "staggered"] = "together",
+        factor_samples: float = 1.0,
     ) -> None:
         if likelihood is None:
             warnings.warn(
@@ -137,6 +140,7 @@ class KFACPreconditioner:
             uncovered=uncovered,
             initial_damping=initial_damping,
             inverse_schedule=inverse_schedule,
+            factor_samples=factor_samples,
         )
         self.coarse = CoarseConfig.parse(coarse)
         if self.coarse is not None and damping == "adaptive":
@@ -285,7 +289,7 @@ class KFACPreconditioner:
         if wanted and (due or self._samples is None):
             quota = share(DEFAULT_SAMPLES, self._world) if self._two is None else self._two.quota(len(self.layers))
             samples = Samples(quota)
-        self._fisher.begin(due or samples is not None, samples)
+        self._fisher.begin(due or samples is not None, self._step, samples)
 
     def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None) -> None:
         """The window's sums into the factors, and its samples to the coarse level."""

@@ -121,6 +121,7 @@ class Statistics:
         self._gradients: dict[tuple[str, Side], Tensor] = {}
         self.rows: dict[str, float] = {layer.name: 0.0 for layer in self._layers}
         self.samples = 0.0
+        self.taken = 0.0
         self.elements = 0.0
         self.summed = 0.0
         self.micro_batches = 0
@@ -134,9 +135,10 @@ class Statistics:
                     _add(found, name, moment)
         return found
 
-    def add_batch(self, batch: MicroBatch) -> None:
-        """Count the samples of one micro-batch."""
+    def add_batch(self, batch: MicroBatch, taken: float) -> None:
+        """Count the samples of one micro-batch, and how many of those that count the factors are made of."""
         self.samples += batch.valid
+        self.taken += taken
         self.elements += batch.elements
         self.summed += batch.valid / batch.loss_divisor
         self.micro_batches += 1

@@ -32,6 +32,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "factor_decay": ((-0.1, 1.1, NAN, "0.9", None), r"must be a finite number at least 0 and at most 1"),
     "factor_every_n_steps": ((0, -3, 2.0, True, None), POSITIVE_INT),
     "inverse_every_n_steps": ((0, -3, 2.0, False), POSITIVE_INT),
+    "factor_samples": ((0.0, -0.5, 1.5, NAN, "half", True, None), r"must be a finite number above 0 and at most 1"),
     "inverse_schedule": (("background", None, 1), r"is unknown; choose one of 'together', 'staggered'"),
     "kl_clip": ((0, -1.0, NAN, INF, "1"), POSITIVE),
     "loss_reduction": (("none", "batchmean"), r"is unknown; choose one of 'mean', 'sum', 'mean_all'"),

@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("samples", "trust"),
     ("coarse",),
     ("capture", "statistics", "loss_check", "sample_order", "replicas", "clip", "basis", "notices"),
+    ("subset",),
     ("curvature", "directions", "fisher", "correction", "fine_damping"),
     ("one_level", "fine", "rate_free"),
     ("two_level",),

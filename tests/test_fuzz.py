@@ -26,6 +26,7 @@ GOOD: dict[str, list[Any]] = {
     "factor_every_n_steps": [1, 2, 10],
     "inverse_every_n_steps": [1, 3, 100],
     "inverse_schedule": ["together", "staggered"],
+    "factor_samples": [1, 1.0, 0.5],
     "kl_clip": [None, 1e-3, 1],
     "loss_reduction": ["mean", "sum", "mean_all", 0.5],
     "skip_layers": [(), "^0$", ("Norm", "last")],
@@ -48,6 +49,7 @@ BAD: dict[str, list[Any]] = {
     "factor_every_n_steps": [0],
     "inverse_every_n_steps": [-3],
     "inverse_schedule": ["never"],
+    "factor_samples": [0.0, 1.5],
     "kl_clip": [0.0, math.inf],
     "loss_reduction": ["median", 0.0],
     "skip_layers": ["(", (".",)],  # the last one leaves nothing to precondition

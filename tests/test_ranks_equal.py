@@ -50,6 +50,10 @@ KINDS = {
     "every-kind-empirical-reduce": Run(
         "every kind", "empirical", empty_forward=True, options=EVERY_KIND | {"kfac_approx": "reduce"}
     ),
+    "every-kind-true-share": Run("every kind", empty_forward=True, options=EVERY_KIND | {"factor_samples": 0.5}),
+    "mlp-empirical-sum-share": Run(
+        "mlp-categorical", "empirical", options={"loss_reduction": "sum", "factor_samples": 0.5}
+    ),
     "one-layer": Run("mlp-categorical", options={"skip_layers": ["^0$", "^2$"]}),
 }
 

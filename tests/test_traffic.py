@@ -93,10 +93,10 @@ def triangle(d: int) -> int:
 
 
 def factor_words(case: str, world_size: int, sides: str = "both") -> int:
-    """Upper triangles, and the header: 3 flags, samples, elements, their sum, rows per layer, 2 checksums per rank."""
+    """Upper triangles, and the header: 3 flags, samples, elements, sum, taken samples, rows by layer, 2 checksums a rank."""
     layers = LAYERS[case].values()
     sums = sum(n * (triangle(a) + (triangle(g) if sides == "both" else 0)) for n, a, g in layers)
-    return sums + 6 + len(layers) + 2 * world_size
+    return sums + 7 + len(layers) + 2 * world_size
 
 
 def check(steps: list[tuple[dict[str, float], list[tuple[str, int]]]], wanted: dict[str, tuple[tuple, int]]) -> None:

@@ -61,6 +61,7 @@ trainer:
         uncovered: diagonal
         initial_damping: 2
         inverse_schedule: staggered
+        factor_samples: 0.5
 """
 
 
@@ -119,6 +120,7 @@ def test_every_option_in_yaml(tmp_path):
         "uncovered": "diagonal",
         "initial_damping": 2,
         "inverse_schedule": "staggered",
+        "factor_samples": 0.5,
     }
     assert callback._distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.5, timeout=30)
 
