@@ -93,7 +93,7 @@ def triangle(d: int) -> int:
 
 
 def factor_words(case: str, world_size: int, sides: str = "both") -> int:
-    """Upper triangles, and the header: 3 flags, samples, elements, sum, taken samples, rows by layer, 2 checksums a rank."""
+    """Upper triangles, and the header: 3 flags, samples, elements, sum, taken, rows per layer, 2 checksums per rank."""
     layers = LAYERS[case].values()
     sums = sum(n * (triangle(a) + (triangle(g) if sides == "both" else 0)) for n, a, g in layers)
     return sums + 7 + len(layers) + 2 * world_size
