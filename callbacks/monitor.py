@@ -29,7 +29,7 @@ from kfac_dist.config import check_number
 from kfac_dist.preconditioner import KFACPreconditioner
 from kfac_dist.spectra import Spectrum
 
-ALLOWANCE = 0.01  # of the time of the fit, for looks whose interval is not given
+ALLOWANCE = 0.005  # of the time of the fit, for looks whose interval is not given
 POINTS = 1000  # of a curve; every other one is dropped where there are more
 BETA = "coarse/beta/"
 COUNTS = ("inverse_fallbacks", "dropped_statistics", "failed_ranks", "coarse/failures", "coarse/abandoned")
@@ -47,7 +47,7 @@ class KFACMonitor(pl.Callback):
 
     Args:
         every_n_steps: optimizer steps between looks at the eigenvalues; 0: never; None: the steps of the inversions,
-            left out while looking has taken more than a hundredth of the time of the fit.
+            left out where looking would have taken more than 0.5 % of the time of the fit (the first look is free).
         figures_every_n_steps: the same for the pictures: the layers' interaction, the spectra, the coefficients over
             time. TensorBoard and W&B take them; else PNG files are written to ``kfac`` in ``trainer.log_dir``.
         progress_bar: whether to show numbers there.

@@ -99,7 +99,7 @@ def draw_spectra(spectra: Mapping[str, Spectrum], step: int) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="rank of the eigenvalue", title=f"{side}, of the {of}")
         axes.grid(alpha=0.3)
     left.set_ylabel("eigenvalue (dot: the last one above the damping)")
-    _legend(max((left, right), key=lambda axes: len(axes.lines)), len(spectra))
+    _legend(max((right, left), key=lambda axes: len(axes.lines)), len(spectra))
     return figure
 
 

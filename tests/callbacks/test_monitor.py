@@ -96,9 +96,9 @@ def test_by_default_looks_follow_the_inversions_while_they_cost_little(monkeypat
 
     monkeypatch.setattr("kfac_dist.callbacks.monitor.time.perf_counter", lambda: now[0])
     monkeypatch.setattr("kfac_dist.preconditioner.spectra", look)
-    run(monitor, steps=16, callback=kfac(inverse_every_n_steps=2), others=[Time()])
-    # The first look is free. The second makes 1 s, a hundredth of 100 s: after 11 steps; the third 1.5 s: after 15.
-    assert looks == [2, 10, 14]
+    run(monitor, steps=32, callback=kfac(inverse_every_n_steps=2), others=[Time()])
+    # The first look is free. The second makes 1 s, 0.5 % of 200 s: after 21 steps; the third 1.5 s: after 31.
+    assert looks == [2, 20, 30]
 
 
 def test_milliseconds_are_means_over_all_steps_since_the_last_log():
