@@ -378,3 +378,26 @@ def test_a_closed_preconditioner_leaves_the_parameters_where_they_were() -> None
     kfac.step()
     kfac.close()
     assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("fisher", ["categorical", "empirical"])
+def test_a_first_batch_without_samples_tells_nothing_of_the_module(fisher: str) -> None:
+    """As on a rank whose first batch is empty: the module is tried at the first batch with samples."""
+
+    def slope(parts: list[int]) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.PReLU(5), nn.Linear(5, 3))
+        kfac = KFACPreconditioner(model, fisher, uncovered="diagonal", seed=3)
+        ids, x = torch.arange(6), torch.randn(6, 4)
+        for part in ids.split(parts):
+            logits = model(x[part])
+            kfac.accumulate(sample_ids=part)
+            (F.cross_entropy(logits, part % 3, reduction="sum") / 6).backward()
+        kfac.step()
+        state = kfac.state_dict()["layers"]["1"]
+        kfac.close()
+        return state
+
+    found, wanted = slope([0, 6]), slope([6])
+    assert found["updates"] == 1
+    assert torch.equal(found["factors"]["A"], wanted["factors"]["A"])

@@ -137,8 +137,7 @@ def differing(rank: int, world_size: int, runs: list[Run]) -> list[list[int]]:
 
 @pytest.mark.parametrize("strategy", ["comm_opt", "mem_opt"])
 def test_two_ranks_go_on_bit_by_bit(ranks: RankPool, strategy: str) -> None:
-    change = {"steps": UNTIL, "strategy": strategy, "empty_forward": False}
-    runs = [replace(KINDS[kind], **change) for kind in ("factored", "eigen", "every kind")]
+    runs = [replace(KINDS[kind], steps=UNTIL, strategy=strategy) for kind in ("factored", "eigen", "every kind")]
     assert ranks.run(2, differing, runs, timeout=120) == [[[], [], []]] * 2
 
 

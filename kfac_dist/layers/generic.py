@@ -93,8 +93,9 @@ class GenericLayer(JointLayer):
             if module is not self.module or silenced() or self.trouble is not None or not record.wanted([self.name]):
                 return
             inputs = [value for value in (*args, *kwargs.values()) if value is not None]
-            self.trouble = self._trouble(inputs, output) if not self._tried else None
-            self._tried = True
+            if not self._tried and not (isinstance(output, Tensor) and output.numel() == 0):  # without samples: later
+                self.trouble = self._trouble(inputs, output)
+                self._tried = True
             usable = len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor)
             if self.trouble is None and usable:
                 called, x = self._as_it_is(), inputs[0].detach().clone()  # in-place operations may come after it
