@@ -73,6 +73,11 @@ def check_strategy(trainer: pl.Trainer) -> None:
         )
 
 
+def is_ddp(trainer: pl.Trainer) -> bool:
+    """Whether the Trainer wraps its module in DistributedDataParallel."""
+    return "DDPStrategy" in _class_names(trainer.strategy)
+
+
 def check_precision(trainer: pl.Trainer) -> None:
     """Raise MisconfigurationException for a precision in which K-FAC's directions cannot be told or held."""
     precision = trainer.precision

@@ -22,12 +22,14 @@ from kfac_dist.callbacks.checks import (
     check_optimizers,
     check_precision,
     check_strategy,
+    is_ddp,
     misconfigurations,
     modules_outside,
     warn_of_optimizer,
 )
 from kfac_dist.callbacks.logs import log
 from kfac_dist.callbacks.options import check_options, entry, exactly, method_of, parse_coarse, parse_distribution
+from kfac_dist.callbacks.samples import let_ddp_leave_linears, refuse_scaler
 from kfac_dist.callbacks.trial import Trial
 from kfac_dist.callbacks.window import Window
 from kfac_dist.compat import is_compiled, open_compiled_code
@@ -83,6 +85,9 @@ class KFAC(pl.Callback):
         initial_damping: where "adaptive" starts.
         factor_samples: share of the samples, in (0, 1], that the factors are made of, chosen anew at each update.
         inverse_schedule: invert all layers "together", every n steps, or "staggered": some at each of these n steps.
+        preconditioning: "gradients", or "samples": nn.Linear layers whose batch has fewer rows than about two thirds of
+            their width get no weight gradient in the backward; their direction is made of the rows themselves. Under
+            DDP K-FAC then exchanges these directions in the place of DDP's gradients.
 
     Raises:
         MisconfigurationException: a value is out of its bounds.
@@ -118,6 +123,7 @@ class KFAC(pl.Callback):
         initial_damping: float = 1.0,
         inverse_schedule: Literal["together", "staggered"] = "together",
         factor_samples: float = 1.0,
+        preconditioning: Literal["gradients", "samples"] = "gradients",
     ) -> None:
         self._options: dict[str, Any] = {
             "likelihood": likelihood,
@@ -142,6 +148,7 @@ class KFAC(pl.Callback):
             "initial_damping": initial_damping,
             "inverse_schedule": inverse_schedule,
             "factor_samples": factor_samples,
+            "preconditioning": preconditioning,
         }
         with misconfigurations():
             check_options(self._options, clip_raw_gradients, log_every_n_steps)
@@ -155,6 +162,7 @@ class KFAC(pl.Callback):
         self._state: dict[str, Any] = {}
         self._metrics: dict[str, float] = {}
         self._restore_compiler: Callable[[], None] | None = None
+        self._restore_ddp: Callable[[], None] | None = None
         self._batch: dict[str, Any] = {}
         self._window = Window()
         self._trial: Trial | None = None
@@ -191,6 +199,10 @@ class KFAC(pl.Callback):
         self._close()
         self._state = {}
         self._metrics = {}
+        if self._options["preconditioning"] == "samples":
+            refuse_scaler(trainer)
+            if is_ddp(trainer):
+                self._restore_ddp = let_ddp_leave_linears(pl_module, method_of(self._options))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Build the core: the module is on its device now, and its layers are the final ones."""
@@ -232,7 +244,8 @@ class KFAC(pl.Callback):
 
     def _close(self) -> None:
         core, self._core = self._core, None
-        restore, self._restore_compiler = self._restore_compiler, None
+        restores = [restore for restore in (self._restore_compiler, self._restore_ddp) if restore is not None]
+        self._restore_compiler = self._restore_ddp = None
         self._batch, self._trial = {}, None
         try:
             if core is not None:
@@ -240,7 +253,7 @@ class KFAC(pl.Callback):
                 self._state = move_data_to_device(core.state_dict(), "cpu")
                 self._metrics = dict(core.metrics)
         finally:
-            if restore is not None:
+            for restore in restores:
                 restore()
 
     # -- one step -------------------------------------------------------------------------------------------------

@@ -37,6 +37,12 @@ def check_options(options: Mapping[str, Any], clip_raw_gradients: float | None, 
             "calls the module"
         )
     if clip_raw_gradients is not None:
+        if method.preconditioning == "samples":
+            raise ValueError(
+                f"clip_raw_gradients={clip_raw_gradients!r} clips gradients, and "
+                'preconditioning="samples" forms none: use kl_clip, the Trainer\'s gradient_clip_val, which acts on '
+                'the directions, or preconditioning="gradients"'
+            )
         check_number("clip_raw_gradients", clip_raw_gradients, 0.0, open_low=True)
     if log_every_n_steps is not None:
         check_number("log_every_n_steps", log_every_n_steps, 0)

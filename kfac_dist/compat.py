@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
@@ -37,6 +37,35 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
+
+
+_IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
+
+
+def ignored_by_ddp(model: nn.Module) -> frozenset[str] | None:
+    """Names of the parameters that a DistributedDataParallel around ``model`` leaves alone; None: nothing was said."""
+    if hasattr(unwrap(model), _IGNORED_BY_DDP):
+        return frozenset(getattr(unwrap(model), _IGNORED_BY_DDP))
+    wrapped = any(cls.__name__ == "DistributedDataParallel" for cls in type(model).__mro__)
+    return frozenset() if wrapped else None
+
+
+def let_ddp_ignore(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
+    """Make a DistributedDataParallel that is yet to be built around ``model`` leave these parameters alone, too.
+
+    Returns:
+        What takes it back, for the next one.
+    """
+    before = getattr(model, _IGNORED_BY_DDP, None)
+    setattr(model, _IGNORED_BY_DDP, sorted({*names, *(before or ())}))
+
+    def restore() -> None:
+        if before is None:
+            model.__dict__.pop(_IGNORED_BY_DDP, None)
+        else:
+            setattr(model, _IGNORED_BY_DDP, before)
+
+    return restore
 
 
 def is_compiled(module: nn.Module) -> bool:

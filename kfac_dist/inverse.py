@@ -189,6 +189,12 @@ class DensePreconditioner:
             return times_right(gradient, self.A)[..., :d_in]
         return times_right(times_left(self.G, gradient), self.A)[:, :d_out, :d_in].div_(self.locations)
 
+    def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
+        """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g)."""
+        right = times_right(a, self.A)[..., : a.shape[-1]]
+        left = g if self.G is None else times_right(g, self.G)[..., : g.shape[-1]].div_(self.locations)
+        return left.mT @ right
+
 
 @dataclass(frozen=True)
 class EigenPreconditioner:
@@ -234,6 +240,12 @@ class EigenPreconditioner:
         """The direction (groups, g, a) at this ``damping``."""
         groups, d_out, d_in = gradient.shape
         return self.unrotate(self.rotate(gradient) / self.denominators(damping, groups), d_out, d_in)
+
+    def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
+        """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g): the rows are rotated first."""
+        left = g if self.G is None else times_right(g, self.G.vectors)
+        rotated = left.mT @ times_right(a, self.A.vectors)
+        return self.unrotate(rotated / self.denominators(damping, len(a)), g.shape[-1], a.shape[-1])
 
 
 LayerPreconditioner = DensePreconditioner | EigenPreconditioner

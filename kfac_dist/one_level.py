@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfac_dist.assignment import Assignment, LayerCost, Side, assign, nearest_divisor
 from kfac_dist.comm import Communicator
@@ -121,17 +121,25 @@ class OneLevel:
         never = all(state.updates == 0 for state in self.states.values())
         return never or step % self.config.factor_every_n_steps == 0
 
-    def update_factors(self, statistics: Statistics) -> bool:
+    def update_factors(
+        self, statistics: Statistics, local: Sequence[Tensor] = (), own: Sequence[nn.Parameter] = ()
+    ) -> bool:
         """Sums and counts of all ranks -> this window's factors -> the moving average; False where it was dropped.
+
+        Args:
+            statistics: of this rank.
+            local: what the gradients are made of that are not yet averaged.
+            own: their parameters.
 
         Raises:
             RuntimeError: no rank has samples, or the replicas drifted apart.
         """
         parameters = covered_parameters(self.layers)
-        gradient_norm = norm([p.grad for p in parameters if p.grad is not None])
+        apart = {id(parameter) for parameter in own}
+        gradient_norm = norm([p.grad for p in parameters if p.grad is not None and id(p) not in apart])
         health = Health(
             statistics=statistics.finite(),
-            gradients=gradient_norm < float("inf"),
+            gradients=gradient_norm < float("inf") and norm(local) < float("inf"),
             fallbacks=self._own_fallbacks,
             checksums=(gradient_norm, norm(parameters)),
         )
@@ -191,10 +199,12 @@ class OneLevel:
 
     # -- directions -----------------------------------------------------------------------------------------------
 
-    def gradients(self) -> dict[str, Tensor]:
+    def gradients(self, without: Collection[str] = ()) -> dict[str, Tensor]:
         """Layer -> gradient matrix in units of the mean loss, for the layers that can be preconditioned now."""
         gradients: dict[str, Tensor] = {}
         for layer in self.layers:
+            if layer.name in without:
+                continue
             gradient = layer.gradient() if self.states[layer.name].inverted is not None else None
             if gradient is not None:
                 gradient = gradient.to(self.dtype)

@@ -23,12 +23,14 @@ from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
 from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
 from kfac_dist.planning import Step, plan_step
+from kfac_dist.rank_b import RankB, served_layers
 from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import DEFAULT_SAMPLES, Samples, share
 from kfac_dist.spectra import Spectrum, spectra
 from kfac_dist.summary import Summary, summarise
 from kfac_dist.two_level import TwoLevel
+from kfac_dist.update import Update, plan_update
 
 
 class KFACPreconditioner:
@@ -78,6 +80,9 @@ class KFACPreconditioner:
         initial_damping: where "adaptive" starts.
         inverse_schedule: "together": every n steps all layers are inverted; "staggered": some at each of these n steps,
             so that no step is much longer than the others (the first inversion is of all).
+        preconditioning: "gradients", or "samples": nn.Linear layers whose batch has fewer rows than about two thirds of
+            their width get no weight gradient in ``loss.backward()``; their direction is made of the rows themselves.
+            The same to rounding, with less work (see docs/layers.md).
 
     Raises:
         ValueError: a value out of its bounds, a module name that does not exist, or a model without any layer that
@@ -112,6 +117,7 @@ class KFACPreconditioner:
         initial_damping: float = 1.0,
         inverse_schedule: Literal["together", "staggered"] = "together",
         factor_samples: float = 1.0,
+        preconditioning: Literal["gradients", "samples"] = "gradients",
     ) -> None:
         if likelihood is None:
             warnings.warn(
@@ -141,6 +147,7 @@ class KFACPreconditioner:
             initial_damping=initial_damping,
             inverse_schedule=inverse_schedule,
             factor_samples=factor_samples,
+            preconditioning=preconditioning,
         )
         self.coarse = CoarseConfig.parse(coarse)
         if self.coarse is not None and damping == "adaptive":
@@ -166,7 +173,10 @@ class KFACPreconditioner:
         if self.coarse is not None and space is not None:
             self._two = TwoLevel(self.coarse, space, self._coarse_world)
         try:
+            average, size = self.distribution.average_gradients, self._world.size
+            served = served_layers(model, self.layers, self.config, self.coarse, self.distribution, size)
             self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
+            self._rank_b = RankB(model, served, self.config, average, self._world, self._one.dtype)
         except BaseException:
             self._coarse_world.close()
             self._world.close()
@@ -258,23 +268,23 @@ class KFACPreconditioner:
         one, values = self._one, dict[str, MetricValue]()
         # A caller's autocast (the whole training_step, under manual optimization) would halve the precision of it all.
         with torch.no_grad(), torch.autocast(one.device.type, enabled=False), full_float32():
-            if self.distribution.average_gradients:
+            local, shared = self._rank_b.take(), self._rank_b.left_to_us
+            if shared:
                 with self._timer("gradients"):
-                    average_gradients([p for p in self.model.parameters() if p.requires_grad], self._world)
+                    average_gradients(shared, self._world)
             with self._timer("factors"):
-                self._take_statistics(grad_scale, lr)
+                self._take_statistics(grad_scale, lr, local)
             damping = one.damping.value(self._step)
             if one.inverses_due(self._step):
                 with self._timer("inverses"):
                     one.update_inverses(self._step, damping)
             with self._timer("precondition"):
-                gradients = one.gradients()
+                gradients = one.gradients(without=self._rank_b.served)
                 directions = one.precondition(gradients, damping)
+                directions |= self._rank_b.precondition(one.states, damping, one.loss_scale)
             if directions:
                 with self._timer("write" if self._two is None else "coarse"):
-                    two = None if self._samples is None else self._two
-                    step = Step(self._step, lr, closure)
-                    update = plan_step(self.model, one, two, self._samples, gradients, directions, step)
+                    update = self._plan(gradients, directions, lr, closure)
                 with self._timer("write"):
                     update.write()
                 values |= update.metrics()
@@ -291,14 +301,30 @@ class KFACPreconditioner:
             samples = Samples(quota)
         self._fisher.begin(due or samples is not None, self._step, samples)
 
-    def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None) -> None:
+    def _plan(
+        self,
+        gradients: Mapping[str, Tensor],
+        directions: Mapping[str, Tensor],
+        lr: float | Optimizer | None,
+        closure: Callable[[], Tensor] | None,
+    ) -> Update:
+        """The clip, the coarse correction and the trial of an adaptive damping, as far as there are any."""
+        if self._rank_b.served:
+            layers = [layer for layer in self.layers if layer.name in directions]
+            known = self._rank_b.products(directions)
+            return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr, known)
+        two = None if self._samples is None else self._two
+        step = Step(self._step, lr, closure)
+        return plan_step(self.model, self._one, two, self._samples, gradients, directions, step)
+
+    def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None, local: Sequence[Tensor]) -> None:
         """The window's sums into the factors, and its samples to the coarse level."""
         empirical = self.config.likelihood == "empirical"  # a sampled pass does not see the scaler
         if self._one.factors_due(self._step):
             if empirical:
                 self._fisher.statistics.rescale_outputs(grad_scale**-2)
             self._fisher.loss_check.report(grad_scale)
-            if not self._one.update_factors(self._fisher.statistics):
+            if not self._one.update_factors(self._fisher.statistics, local, self._rank_b.parameters):
                 return
             silent = [layer for layer in self.layers if self._one.states[layer.name].updates == 0]
             self._notices.silent(silent, self._fisher.capture.recomputed)
@@ -346,6 +372,11 @@ class KFACPreconditioner:
             raise ValueError(
                 f"average_gradients=True with grad_scale={grad_scale!r}: a gradient scaler looks for overflows before "
                 "K-FAC averages, so ranks would skip steps apart; wrap the model in DistributedDataParallel instead"
+            )
+        if self._rank_b.served and grad_scale != 1.0:
+            raise ValueError(
+                f'preconditioning="samples" with grad_scale={grad_scale!r}: a gradient scaler unscales gradients and '
+                'looks for overflows in them, and there are none: use bfloat16, or preconditioning="gradients"'
             )
         if isinstance(lr, Optimizer) and self._notices.first("optimizer"):
             self.check_optimizer(lr)
@@ -436,6 +467,7 @@ class KFACPreconditioner:
     def close(self) -> None:
         """Remove every hook and give back what was made; idempotent."""
         self._fisher.capture.close()
+        self._rank_b.close()
         self._samples = None
         self._coarse_world.close()
         self._world.close()

@@ -28,9 +28,9 @@ class Update:
         directions: layer -> direction, clipped.
         scale: the clip's factor, on the device.
         corrected: whether the corrected direction was taken, on the device.
-        products: (layers,), <direction, gradient>, on the device.
+        products: (layers,), <direction, gradient>, on the device; (0,) where nobody needs them and they would cost.
         rates: (layers,), the outer optimizer's rates.
-        gradient_norm: of the gradients, on the device.
+        gradient_norm: of the gradients, on the device; None where they are not formed.
         report: what else is to be said of the step.
     """
 
@@ -40,7 +40,7 @@ class Update:
     corrected: Tensor
     products: Tensor
     rates: Tensor
-    gradient_norm: Tensor
+    gradient_norm: Tensor | None
     report: Mapping[str, MetricValue] = field(default_factory=dict)
 
     def write(self) -> None:
@@ -56,18 +56,37 @@ class Update:
     def metrics(self) -> dict[str, MetricValue]:
         """Norms of the step; nothing is computed until it is read."""
         directions = list(self.directions.values())
-        return {
+        values: dict[str, MetricValue] = {
             **self.report,
-            "direction_dot_gradient": self.products.sum(),
             "kl_clip_scale": self.scale,
             "corrected": self.corrected,
-            "grad_norm": self.gradient_norm,
             "direction_norm": lambda: float(_norm(directions)),
         }
+        if self.products.numel():
+            values["direction_dot_gradient"] = self.products.sum()
+        if self.gradient_norm is not None:
+            values["grad_norm"] = self.gradient_norm
+        return values
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(list(tensors))).norm()
+
+
+def _products(
+    layers: Sequence[Layer],
+    gradients: Mapping[str, Tensor],
+    directions: Mapping[str, Tensor],
+    known: Mapping[str, Tensor],
+) -> Tensor:
+    if any(layer.name not in gradients and layer.name not in known for layer in layers):
+        return directions[layers[0].name].new_zeros(0)
+    return torch.stack(
+        [
+            known[layer.name] if layer.name in known else torch.sum(directions[layer.name] * gradients[layer.name])
+            for layer in layers
+        ]
+    )
 
 
 def plan_update(
@@ -77,6 +96,7 @@ def plan_update(
     correction: Correction | None,
     kl_clip: float | None,
     lr: float | Optimizer | None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> Update:
     """The clipped direction; nothing is written yet.
 
@@ -89,8 +109,9 @@ def plan_update(
         correction: the coarse level's, or None.
         kl_clip: bound of the clip; None: off.
         lr: the outer optimizer or its rate; None: 1.
+        known: layer -> <zeta, gradient>, for layers whose gradients are not formed; with a clip it is needed of them.
     """
-    products = torch.stack([torch.sum(directions[layer.name] * gradients[layer.name]) for layer in layers])
+    products = _products(layers, gradients, directions, known or {})
     rates = learning_rates(layers, 1.0 if lr is None else lr, products)
     corrected = torch.zeros((), dtype=torch.bool, device=products.device)
     solved = correction is not None and correction.solved
@@ -107,7 +128,7 @@ def plan_update(
         final = correction.direction(corrected, scale)
     else:
         final = dict(directions) if kl_clip is None else {name: zeta * scale for name, zeta in directions.items()}
-    norm = _norm(list(gradients.values()))
+    norm = _norm(list(gradients.values())) if len(gradients) == len(layers) else None
     return Update(layers, final, scale, corrected, products * scale, rates, norm)
 
 

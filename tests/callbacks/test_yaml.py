@@ -62,6 +62,7 @@ trainer:
         initial_damping: 2
         inverse_schedule: staggered
         factor_samples: 0.5
+        preconditioning: gradients
 """
 
 
@@ -121,6 +122,7 @@ def test_every_option_in_yaml(tmp_path):
         "initial_damping": 2,
         "inverse_schedule": "staggered",
         "factor_samples": 0.5,
+        "preconditioning": "gradients",
     }
     assert callback._distribution == DistributionConfig(strategy="hybrid", gradient_worker_fraction=0.5, timeout=30)
 
@@ -142,6 +144,7 @@ def test_yaml_without_arguments_is_the_callback_without_arguments(tmp_path):
         ("kl_clip=null", "kl_clip", None),
         ('skip_layers=["head"]', "skip_layers", ("head",)),
         ("skip_layers=head", "skip_layers", ("head",)),
+        ("preconditioning=samples", "preconditioning", "samples"),
     ],
 )
 def test_the_command_line(argument, name, value):
