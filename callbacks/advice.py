@@ -30,6 +30,7 @@ class Seen:
         damping: the last lambda.
         factor_every_n_steps: of the run.
         inverse_every_n_steps: of the run.
+        factor_samples: the share of the samples that the factors are taken from.
         sides: the factors that are kept, "both" or "input".
         ranks: world size.
         all_inverses_everywhere: whether every rank holds every inverse ("comm_opt").
@@ -45,6 +46,7 @@ class Seen:
     damping: float
     factor_every_n_steps: int
     inverse_every_n_steps: int
+    factor_samples: float = 1.0
     sides: str = "both"
     ranks: int = 1
     all_inverses_everywhere: bool = True
@@ -86,7 +88,8 @@ def statistics(seen: Seen) -> str | None:
     share = seen.share("capture", "factors")
     if share <= LARGE_SHARE:
         return None
-    return f"the factors cost {share:.0%} of the time: raise factor_every_n_steps (now {seen.factor_every_n_steps})"
+    said = f"the factors cost {share:.0%} of the time: raise factor_every_n_steps (now {seen.factor_every_n_steps})"
+    return said + (" or take them from a share of the samples (factor_samples)" if seen.factor_samples == 1 else "")
 
 
 def directions(seen: Seen) -> str | None:

@@ -283,6 +283,7 @@ class KFACMonitor(pl.Callback):
             damping=ready["damping"],
             factor_every_n_steps=core.config.factor_every_n_steps,
             inverse_every_n_steps=core.config.inverse_every_n_steps,
+            factor_samples=core.config.factor_samples,
             sides=core.config.factor_sides,
             ranks=core.assignment.world_size,
             all_inverses_everywhere=core.assignment.gradient_workers == core.assignment.world_size,

@@ -39,6 +39,11 @@ FIRES = [
     (INVERSES | SPREAD, "inverses cost 41% of the time: raise inverse_every_n_steps (now 10)"),
     (
         {"shares": {"capture": 0.2, "factors": 0.1}},
+        "the factors cost 30% of the time: raise factor_every_n_steps (now 5) or take them from a share of the samples "
+        "(factor_samples)",
+    ),
+    (
+        {"shares": {"capture": 0.2, "factors": 0.1}, "factor_samples": 0.25},
         "the factors cost 30% of the time: raise factor_every_n_steps (now 5)",
     ),
     (
