@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import kfac_dist
 
 ROOT = Path(__file__).parents[1]
 LINKS = ("callbacks", "launch")
@@ -44,24 +47,39 @@ def test_git_keeps_the_link_as_a_link(name):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """The wheel, built from a copy of the sources: no left-over of an earlier build can enter it."""
+def release(tmp_path_factory) -> Path:
+    """Source distribution and the wheel that is built from it, of a copy without the left-overs of earlier builds."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("kfac_dist", *LINKS):
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=ignored)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
-    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(dist), str(source)]
-    pip(*build)
-    (built,) = dist.glob("*.whl")
+    run("build", "--no-isolation", "--outdir", str(dist), str(source))
+    return dist
+
+
+@pytest.fixture(scope="module")
+def wheel(release) -> Path:
+    (built,) = release.glob("*.whl")
     return built
 
 
-def pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, f"pip {' '.join(arguments)} failed:\n{done.stdout}\n{done.stderr}"
+def run(*command: str) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}"
+
+
+def test_an_index_takes_wheel_and_sources(release):
+    files = sorted(str(path) for path in release.iterdir())
+    assert [Path(file).suffix for file in files] == [".whl", ".gz"]
+    run("twine", "check", "--strict", *files)
+
+
+def test_one_version_everywhere(release):
+    versions = {path.name.split("-")[1].removesuffix(".tar.gz") for path in release.iterdir()}
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert versions == {cited[1]} == {kfac_dist.__version__}
 
 
 def test_wheel_holds_the_linked_code_the_types_and_the_licence(wheel):
@@ -81,7 +99,7 @@ def test_wheel_holds_the_linked_code_the_types_and_the_licence(wheel):
 def test_wheel_works_from_another_directory(wheel, tmp_path):
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    pip("install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+    run("pip", "install", "--quiet", "--no-input", "--no-deps", "--no-index", "--target", str(site), str(wheel))
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, str(site)],
         cwd=elsewhere,
