@@ -193,7 +193,7 @@ class DensePreconditioner:
         """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g)."""
         right = times_right(a, self.A)[..., : a.shape[-1]]
         left = g if self.G is None else times_right(g, self.G)[..., : g.shape[-1]].div_(self.locations)
-        return left.mT @ right
+        return times_left(left.mT, right)
 
 
 @dataclass(frozen=True)
@@ -244,7 +244,7 @@ class EigenPreconditioner:
     def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
         """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g): the rows are rotated first."""
         left = g if self.G is None else times_right(g, self.G.vectors)
-        rotated = left.mT @ times_right(a, self.A.vectors)
+        rotated = times_left(left.mT, times_right(a, self.A.vectors))
         return self.unrotate(rotated / self.denominators(damping, len(a)), g.shape[-1], a.shape[-1])
 
 
