@@ -19,7 +19,7 @@ SHAPING = ("factor_sides", "max_factor_dim", "large_factors", "norm_blocks", "un
 
 
 def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str, Any]:
-    """The state, equal on every rank; it can be loaded with ``weights_only=True``."""
+    """The state as it is now, for :func:`written`: it stays what it is, and costs nothing to take."""
     return {
         "version": STATE_VERSION,
         "step": step,
@@ -27,9 +27,14 @@ def save(step: int, one_level: OneLevel, two_level: TwoLevel | None) -> dict[str
         "counts": dict(one_level.counts),
         "damping": one_level.damping.state_dict(),
         "config": _settings(one_level, two_level),
-        "layers": {name: state.to_dict() for name, state in one_level.states.items()},
+        "layers": {name: dataclasses.replace(state) for name, state in one_level.states.items()},
         "coarse": None if two_level is None else two_level.state_dict(),
     }
+
+
+def written(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`save` took, equal on every rank, as plain tensors that can be loaded with ``weights_only=True``."""
+    return {**state, "layers": {name: layer.to_dict() for name, layer in state["layers"].items()}}
 
 
 def _settings(one_level: OneLevel, two_level: TwoLevel | None) -> dict[str, int | float | str]:

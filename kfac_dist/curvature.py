@@ -17,7 +17,14 @@ from torch import Tensor
 from kfac_dist.assignment import Assignment, Side
 from kfac_dist.comm import Communicator
 from kfac_dist.factors import FactorShape
-from kfac_dist.fused import FusedBuffer, pack_symmetric, triangle_size, unpack_symmetric
+from kfac_dist.fused import (
+    FusedBuffer,
+    pack_symmetric,
+    packed_diagonal,
+    triangle_size,
+    unpack_symmetric,
+    unpack_upper,
+)
 from kfac_dist.inverse import (
     DenseInverse,
     DensePreconditioner,
@@ -82,9 +89,12 @@ class Reduced:
 
     @property
     def finite(self) -> bool:
-        """Whether the factors are: sums that are finite on every rank can overflow together (one synchronisation)."""
+        """Whether the factors are: sums that are finite on every rank can overflow together (one synchronisation).
+
+        One sum finds an entry that is not; that it overflows itself takes entries of 1e30.
+        """
         sides = [side for factors in self.factors.values() for side in factors.sides().values()]
-        return not sides or bool(torch.stack([side.isfinite().all() for side in sides]).all())
+        return not sides or bool(torch.stack([side.sum() for side in sides]).isfinite().all())
 
 
 def reduce_statistics(
@@ -128,7 +138,7 @@ def reduce_statistics(
         if n > 0:
             n = samples if layer.joint else n  # the block itself is a mean over samples, whatever calls there were
             parts = {
-                side: unpack_symmetric(buffer[layer.name, side], *shape.stored[:2]).div_(n)
+                side: buffer[layer.name, side].view(shape.stored[0], -1).div_(n)
                 for side, shape in factor_shapes(layer, sides).items()
             }
             factors[layer.name] = Factors(parts["A"], parts.get("G"), n / samples)
@@ -190,6 +200,8 @@ class InverseExchange:
         if not layers:
             return []
         shapes = {layer.name: factor_shapes(layer, self._sides) for layer in layers}
+        if self._column.size == 1:
+            return self._refresh_alone(layers, states, shapes, damping)
         sizes: dict[object, int] = {"status": sum(map(len, shapes.values()))}
         for layer in layers:
             for side, shape in shapes[layer.name].items():
@@ -205,17 +217,39 @@ class InverseExchange:
                 self._pack(inverse, buffer[layer.name, side])
         self._column.all_reduce(buffer.flat, phase="inverses")
         for layer in layers:
-            state = states[layer.name]
-            state.inverses = {
-                side: self._unpack(buffer[layer.name, side], shape) for side, shape in shapes[layer.name].items()
+            sides = shapes[layer.name].items()
+            inverses: dict[str, FactorInverse] = {
+                side: self._unpack(buffer[layer.name, side], shape) for side, shape in sides
             }
-            state.preconditioner = self._preconditioner(layer, state)
+            self._take(layer, states[layer.name], inverses)
         return own
+
+    def _refresh_alone(
+        self,
+        layers: Sequence[Layer],
+        states: Mapping[str, LayerState],
+        shapes: Mapping[str, Mapping[Side, FactorShape]],
+        damping: float,
+    ) -> list[Outcome]:
+        """The same in a column of one rank: packing and unpacking would change no bit."""
+        own: list[Outcome] = []
+        for layer in layers:
+            state = states[layer.name]
+            inverses: dict[str, FactorInverse] = {}
+            for side in shapes[layer.name]:
+                outcome, inverses[side] = self._factorise(layer, state, side, damping)
+                own.append(outcome)
+            self._take(layer, state, inverses)
+        return own
+
+    def _take(self, layer: Layer, state: LayerState, inverses: dict[str, FactorInverse]) -> None:
+        state.inverses = inverses
+        state.preconditioner = self._preconditioner(layer, state)
 
     def _factorise(self, layer: Layer, state: LayerState, side: Side, damping: float) -> tuple[Outcome, FactorInverse]:
         factors = state.inverted
         assert factors is not None  # refresh() passes such states only
-        factor = factors.sides()[side]
+        factor = unpack_upper(factors.sides()[side])
         last = state.inverses.get(side)
         if self._eigen:
             return decompose(factor, last)
@@ -236,7 +270,7 @@ class InverseExchange:
     def _unpack(self, words: Tensor, shape: FactorShape) -> FactorInverse:
         count, size, _ = shape.stored
         if not self._eigen:
-            return DenseInverse(unpack_symmetric(words, count, size))
+            return DenseInverse(unpack_symmetric(words.view(count, -1)))
         split = count * size * size
         vectors = words[:split].view(count, size, size).clone()
         return EigenDecomposition(vectors, words[split:].view(count, size).clone())
@@ -259,4 +293,5 @@ def packed_words(shape: FactorShape) -> int:
 
 def _pi(layer: Layer, factors: Factors) -> Tensor:
     assert factors.G is not None  # with the input side alone there is nothing to balance
-    return pi_correction(layer.factors["A"].mean_diagonal(factors.A), layer.factors["G"].mean_diagonal(factors.G))
+    means = [layer.factors[side].mean_diagonal(packed_diagonal(words)) for side, words in factors.sides().items()]  # type: ignore[index]
+    return pi_correction(*means)

@@ -57,9 +57,9 @@ class FactorShape:
         """Shape of the tensor."""
         return self.groups * self.blocks, self.size, self.size
 
-    def mean_diagonal(self, factor: Tensor) -> Tensor:
-        """The trace over the order, (groups,)."""
-        return factor.diagonal(dim1=-2, dim2=-1).reshape(self.groups, -1).sum(-1) / self.dim
+    def mean_diagonal(self, diagonal: Tensor) -> Tensor:
+        """The trace over the order, (groups,), of a factor with the ``diagonal`` (groups * blocks, size)."""
+        return diagonal.reshape(self.groups, -1).sum(-1) / self.dim
 
 
 def second_moment_sum(rows: Tensor, *, ones: bool = False, weights: Tensor | None = None, blocks: int = 1) -> Tensor:
@@ -119,8 +119,8 @@ def decay_weight(updates: int, decay: float) -> float:
 
 
 def moving_average(old: Tensor | None, new: Tensor, updates: int, decay: float) -> Tensor:
-    """rho_n old + (1 - rho_n) new, as a NEW tensor: whoever holds the old one keeps a consistent value."""
+    """rho_n old + (1 - rho_n) new, in the memory of ``new``: whoever holds the old one keeps a consistent value."""
     rho = decay_weight(updates, decay)
     if old is None or rho == 0.0:
-        return new.clone()
-    return torch.lerp(old, new, 1.0 - rho)
+        return new
+    return torch.lerp(old, new, 1.0 - rho, out=new)

@@ -12,7 +12,7 @@ from kfac_dist.assignment import Assignment
 from kfac_dist.coarse import RankOne
 from kfac_dist.comm import Communicator
 from kfac_dist.directions import DirectionExchange
-from kfac_dist.fused import FusedBuffer
+from kfac_dist.fused import FusedBuffer, unpack_symmetric
 from kfac_dist.inverse import EigenPreconditioner
 from kfac_dist.samples import Samples
 from kfac_dist.state import LayerState
@@ -135,8 +135,10 @@ def _extreme_pairs(state: LayerState, shape: tuple[int, int, int], count: int, l
     """The ``count`` eigenvectors q_G (x) q_A of a layer with the extreme products of eigenvalues, over all groups."""
     factors, (groups, d_out, d_in) = state.factors, shape
     assert factors is not None
-    A = _Spectrum(factors.A, groups, d_in)
-    G = None if factors.G is None else _Spectrum(factors.G, groups, d_out)  # without G the block is A itself
+    A = _Spectrum(unpack_symmetric(factors.A), groups, d_in)
+    G = (
+        None if factors.G is None else _Spectrum(unpack_symmetric(factors.G), groups, d_out)
+    )  # without G the block is A itself
     values_g = torch.ones_like(A.values[:, :1]) if G is None else G.values
     products = values_g[:, :, None] * A.values[:, None, :]
     order = products.flatten().argsort(descending=largest, stable=True)[:count].tolist()

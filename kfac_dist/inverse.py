@@ -7,6 +7,8 @@ that is block diagonal itself comes as (groups * blocks, size, size), padded wit
 "eigen":    (T (G (x) A) + lam I)^-1, exactly, in the factors' eigenbases.
 "factored": T (G + s/pi I) (x) (A + s pi I), s = sqrt(lam / T), pi^2 = (tr A / a) / (tr G / g)
             (Martens and Grosse 2015, section 6.3; note lam / T, which is lam for a linear layer).
+
+Factorisations read the upper triangle of a factor and its diagonal: below it may stand anything.
 """
 
 from __future__ import annotations
@@ -85,18 +87,19 @@ def times_left(M: Tensor, X: Tensor) -> Tensor:
 def _cholesky_inverse(matrices: Tensor) -> Tensor | None:
     if matrices.shape[-1] == 1:
         return matrices.reciprocal() if bool(((matrices > 0) & torch.isfinite(matrices)).all()) else None
-    factor, info = torch.linalg.cholesky_ex(matrices)
+    factor, info = torch.linalg.cholesky_ex(matrices.mT)
     if bool(info.any()):
         return None
     inverse = torch.cholesky_inverse(factor)
-    return inverse if bool(torch.isfinite(inverse).all()) else None
+    # It is C^T C, so where its diagonal is finite no entry is larger than that.
+    return inverse if bool(torch.isfinite(inverse.diagonal(dim1=-2, dim2=-1)).all()) else None
 
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor] | None:
     if matrices.shape[-1] == 1:
         values, vectors = matrices[..., 0], torch.ones_like(matrices)
     else:
-        values, vectors = torch.linalg.eigh(matrices)
+        values, vectors = torch.linalg.eigh(matrices.mT)
     if not bool(torch.isfinite(values).all() & torch.isfinite(vectors).all()):
         return None
     return values.clamp_min(0.0), vectors

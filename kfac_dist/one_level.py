@@ -159,8 +159,11 @@ class OneLevel:
             )
         self.counts["factor_updates"] += 1
         self.loss_scale = self._scale_of_loss(reduced)
-        for name, factors in reduced.factors.items():
-            self.states[name].update(factors, self.config.factor_decay)
+        for name, state in self.states.items():
+            if name in reduced.factors:
+                state.update(reduced.factors[name], self.config.factor_decay)
+            else:
+                state.detach()
         return True
 
     def _scale_of_loss(self, reduced: Reduced) -> float:
@@ -191,6 +194,10 @@ class OneLevel:
         names = self._to_invert(step)
         self.counts["inverse_updates"] += bool(names)
         for name in names:
+            if len(names) < len(
+                self.states
+            ):  # the next averages will lie elsewhere, and these be all that is left here
+                self.states[name].detach()
             self.states[name].inverted = self.states[name].factors
         states = self.states if self.rebuild else {name: self.states[name] for name in names}
         outcomes = self._inverses.refresh(states, damping, self.dtype)

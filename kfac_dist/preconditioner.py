@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_dist.assignment import Assignment
-from kfac_dist.checkpoint import changed_settings, load, save
+from kfac_dist.checkpoint import changed_settings, load, save, written
 from kfac_dist.coarse import coarse_spaces
 from kfac_dist.coarse_solver import CoarseSystem
 from kfac_dist.comm import make_channel, make_communicator
@@ -444,7 +444,7 @@ class KFACPreconditioner:
 
         Within :meth:`step` (a signal's handler) and after a step that raised it is the state before that step.
         """
-        return self._before or save(self._step, self._one, self._two)
+        return written(self._before or save(self._step, self._one, self._two))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a saved state; inverses are rebuilt at the next step, by whichever rank owns them now.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.factors import FactorShape
+from kfac_dist.fused import packed_diagonal, unpack_symmetric
 from kfac_dist.inverse import EigenDecomposition, pi_correction
 from kfac_dist.layers import Layer
 from kfac_dist.state import LayerState
@@ -97,8 +98,8 @@ def spectra(
             continue
         pi = None
         if factored and factors.G is not None:
-            A, G = layer.factors["A"], layer.factors["G"]
-            pi = pi_correction(A.mean_diagonal(factors.A), G.mean_diagonal(factors.G)).double().cpu()
+            means = [layer.factors[side].mean_diagonal(packed_diagonal(f)) for side, f in factors.sides().items()]  # type: ignore[index]
+            pi = pi_correction(*means).double().cpu()
         found[layer.name] = Spectrum(values["A"], values.get("G"), factors.locations, damping, pi)
     return found
 
@@ -108,9 +109,9 @@ def _eigenvalues(factor: Tensor, held: object, shape: FactorShape) -> Tensor:
     if isinstance(held, EigenDecomposition):
         values = held.values
     elif shape.size == 1:
-        values = factor[..., 0]
+        values = factor
     else:
-        values = _eigvalsh(factor)
+        values = _eigvalsh(unpack_symmetric(factor))
     values = values.double().cpu().clamp_min(0.0).view(shape.groups, shape.blocks, shape.size).sort(-1).values
     # Where the last block ends in zeros, they are its smallest eigenvalues.
     padding = shape.blocks * shape.size - shape.dim

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.factors import decay_weight, moving_average
+from kfac_dist.fused import pack_symmetric, triangle_size, unpack_symmetric
 from kfac_dist.inverse import FactorInverse, LayerPreconditioner
 
 STATE_VERSION = 1
@@ -21,31 +22,41 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class Factors:
-    """The Kronecker factors of one layer: A (groups, a, a), G (groups, g, g) or None, and T locations per sample.
+    """The Kronecker factors of one layer, packed (:mod:`kfac_dist.fused`), and T locations per sample.
 
     Never changed in place: a reference stays what it was when it was taken.
+
+    Attributes:
+        A: (groups, a (a + 1) / 2).
+        G: (groups, g (g + 1) / 2), or None.
+        locations: T.
     """
 
     A: Tensor
     G: Tensor | None
     locations: float
 
-    def averaged_with(self, new: Factors, updates: int, decay: float) -> Factors:
-        """The moving average after its ``updates``-th update (0, 1, ..) by ``new``."""
+    def taken_into(self, old: Factors, updates: int, decay: float) -> Factors:
+        """The moving average after its ``updates``-th update (0, 1, ..) by these, which it overwrites."""
         rho = decay_weight(updates, decay)
         return Factors(
-            moving_average(self.A, new.A, updates, decay),
-            None if new.G is None else moving_average(self.G, new.G, updates, decay),
-            rho * self.locations + (1.0 - rho) * new.locations,
+            moving_average(old.A, self.A, updates, decay),
+            None if self.G is None else moving_average(old.G, self.G, updates, decay),
+            rho * old.locations + (1.0 - rho) * self.locations,
         )
 
     def sides(self) -> dict[str, Tensor]:
-        """Side -> factor: "A" and, where there is one, "G"."""
+        """Side -> packed factor: "A" and, where there is one, "G"."""
         return {"A": self.A} if self.G is None else {"A": self.A, "G": self.G}
 
+    def copy(self) -> Factors:
+        """The same in memory of its own."""
+        return Factors(self.A.clone(), None if self.G is None else self.G.clone(), self.locations)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
-        return {"A": self.A, "G": self.G, "locations": self.locations}
+        """Plain tensors and numbers: whole matrices, (groups, a, a) and (groups, g, g)."""
+        G = None if self.G is None else unpack_symmetric(self.G)
+        return {"A": unpack_symmetric(self.A), "G": G, "locations": self.locations}
 
 
 @dataclass
@@ -68,16 +79,24 @@ class LayerState:
 
     def update(self, new: Factors, decay: float) -> None:
         """Take one more batch into the moving average."""
-        self.factors = new if self.factors is None else self.factors.averaged_with(new, self.updates, decay)
+        self.factors = new if self.factors is None else new.taken_into(self.factors, self.updates, decay)
         self.updates += 1
+
+    def detach(self) -> None:
+        """Give the average memory of its own: it may lie in a buffer that would be kept for it alone."""
+        if self.factors is not None:
+            own = self.factors.copy()
+            self.inverted = own if self.inverted is self.factors else self.inverted
+            self.factors = own
 
     def to_dict(self) -> dict[str, Any]:
         """The part that is saved."""
-        return {
-            "updates": self.updates,
-            "factors": None if self.factors is None else self.factors.to_dict(),
-            "inverted": None if self.inverted is None else self.inverted.to_dict(),
-        }
+        factors = None if self.factors is None else self.factors.to_dict()
+        if self.inverted is not self.factors:
+            inverted = None if self.inverted is None else self.inverted.to_dict()
+        else:
+            inverted = factors
+        return {"updates": self.updates, "factors": factors, "inverted": inverted}
 
 
 def layer_state_from_dict(
@@ -117,7 +136,10 @@ def layer_state_from_dict(
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"K-FAC state of layer {name!r} is damaged: factor {side} is not finite")
-            sides[side] = tensor.to(device=device, dtype=dtype, copy=True)
+            count, dim, _ = shape
+            packed = torch.empty(count, triangle_size(dim), device=device, dtype=dtype)
+            pack_symmetric(tensor.to(packed), packed)
+            sides[side] = packed
         locations = part["locations"]
         if not (isinstance(locations, (int, float)) and 0.0 <= locations < float("inf")):
             raise ValueError(f"K-FAC state of layer {name!r} is damaged: locations={locations!r}")

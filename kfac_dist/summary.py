@@ -16,6 +16,7 @@ from kfac_dist.assignment import Assignment, Side
 from kfac_dist.coarse import coarse_spaces
 from kfac_dist.compat import clean_name, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig
+from kfac_dist.curvature import packed_words
 from kfac_dist.factors import FactorShape
 from kfac_dist.layers import FoundLayers, Layer, covered_parameters, find_layers
 from kfac_dist.notices import check_layers
@@ -178,7 +179,7 @@ def _layer_row(layer: Layer, assignment: Assignment, dtype: torch.dtype, eigen: 
         True,
         math.prod(layer.shape),
         factors,
-        words * dtype.itemsize,
+        sum(map(packed_words, factors.values())) * dtype.itemsize,
         (words + values) * dtype.itemsize,
         owners + workers,
     )

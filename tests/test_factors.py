@@ -8,7 +8,14 @@ from torch import Tensor
 
 from kfac_dist import KFACPreconditioner
 from kfac_dist.factors import decay_weight, moving_average, second_moment_sum, statistics_dtype
-from kfac_dist.fused import pack_symmetric, triangle_size, unpack_symmetric
+from kfac_dist.fused import (
+    pack_symmetric,
+    packed_diagonal,
+    triangle_dim,
+    triangle_size,
+    unpack_symmetric,
+    unpack_upper,
+)
 from tests.helpers.cases import Case, cases
 
 
@@ -34,13 +41,19 @@ def test_statistics_are_at_least_float32() -> None:
     assert [statistics_dtype(d) for d in kinds] == [torch.float32] * 3 + [torch.float64]
 
 
-def test_packing_keeps_the_upper_triangle() -> None:
-    matrices = normal(2, 4, 4)
-    matrices = matrices + matrices.mT
-    packed = torch.empty(2 * triangle_size(4), dtype=matrices.dtype)
-    pack_symmetric(matrices, packed)
-    assert torch.equal(packed[:10], matrices[0][tuple(torch.triu_indices(4, 4))])
-    assert torch.equal(unpack_symmetric(packed, 2, 4), matrices)
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 7, 10])
+def test_packing_keeps_the_upper_triangle(dim: int) -> None:
+    matrices = normal(2, dim, dim)
+    symmetric = matrices.triu() + matrices.triu(1).mT
+    packed = torch.full((2, triangle_size(dim)), float("nan"), dtype=matrices.dtype)
+    pack_symmetric(matrices, packed.view(-1))  # whatever stands below the diagonal
+    rows, columns = torch.triu_indices(dim, dim)
+    upper = matrices[:, rows, columns]
+    assert torch.equal(packed.sort().values, upper.sort().values)  # every entry once
+    assert triangle_dim(packed.shape[1]) == dim
+    assert torch.equal(unpack_symmetric(packed), symmetric)
+    assert torch.equal(unpack_upper(packed).triu(), symmetric.triu())
+    assert torch.equal(packed_diagonal(packed), symmetric.diagonal(dim1=1, dim2=2))
 
 
 def test_the_average_knows_its_weights() -> None:
@@ -63,14 +76,17 @@ def test_the_average_knows_its_weights() -> None:
     assert weights[-1].item() == pytest.approx(0.1)
 
 
-def test_the_average_leaves_its_operands_alone() -> None:
-    old, new = normal(1, 3, 3), normal(1, 3, 3, seed=1)
-    copies = old.clone(), new.clone()
+def test_the_average_takes_the_memory_of_what_is_new() -> None:
+    old = normal(1, 3, 3)
+    copy = old.clone()
     for n in (0, 1, 5):
+        new = normal(1, 3, 3, seed=1)
+        rho = decay_weight(n, 0.9)
+        wanted = rho * old + (1 - rho) * new
         result = moving_average(old, new, n, 0.9)
-        assert result.data_ptr() not in (old.data_ptr(), new.data_ptr())
-    assert torch.equal(old, copies[0])
-    assert torch.equal(new, copies[1])
+        assert result.data_ptr() == new.data_ptr()
+        assert torch.allclose(result, wanted, rtol=1e-15)
+    assert torch.equal(old, copy)
 
 
 def preconditioner(case: Case, **options: object) -> KFACPreconditioner:
