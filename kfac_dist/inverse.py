@@ -69,7 +69,7 @@ def times_right(X: Tensor, M: Tensor) -> Tensor:
     groups, rows, dim = X.shape
     count, size, _ = M.shape
     if count == groups:
-        return X @ M
+        return _product(X, M)
     blocks = count // groups
     if size == 1:
         return X * M.view(groups, 1, blocks)
@@ -81,7 +81,19 @@ def times_right(X: Tensor, M: Tensor) -> Tensor:
 
 def times_left(M: Tensor, X: Tensor) -> Tensor:
     """M X: the same from the other side, (groups, blocks * s, c)."""
-    return M @ X if M.shape[0] == X.shape[0] else times_right(X.mT, M.mT).mT
+    return _product(M, X) if M.shape[0] == X.shape[0] else times_right(X.mT, M.mT).mT
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Left right, with every row of the result at the begin of a cache line where there is one group.
+
+    Products whose rows begin anywhere take up to a quarter longer: 785 or 1001 columns are common, of a bias.
+    """
+    groups, rows, columns = len(left), left.shape[1], right.shape[2]
+    if groups > 1 or columns % 16 == 0:
+        return left @ right
+    out = left.new_empty(rows, -(-columns // 16) * 16)[:, :columns]
+    return torch.mm(left[0], right[0], out=out)[None]
 
 
 def _cholesky_inverse(matrices: Tensor) -> Tensor | None:
@@ -190,7 +202,8 @@ class DensePreconditioner:
         _, d_out, d_in = gradient.shape
         if self.G is None:
             return times_right(gradient, self.A)[..., :d_in]
-        return times_right(times_left(self.G, gradient), self.A)[:, :d_out, :d_in].div_(self.locations)
+        direction = times_right(times_left(self.G, gradient), self.A)[:, :d_out, :d_in]
+        return direction if self.locations == 1.0 else direction.div_(self.locations)
 
     def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
         """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g)."""

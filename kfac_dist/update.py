@@ -54,13 +54,12 @@ class Update:
         return replace(self, directions=directions, scale=0.0 * self.scale, products=torch.zeros_like(self.products))
 
     def metrics(self) -> dict[str, MetricValue]:
-        """Norms of the step; nothing is computed until it is read."""
-        directions = list(self.directions.values())
+        """Norms of the step, on the device; the directions themselves are not held."""
         values: dict[str, MetricValue] = {
             **self.report,
             "kl_clip_scale": self.scale,
             "corrected": self.corrected,
-            "direction_norm": lambda: float(_norm(directions)),
+            "direction_norm": _norm(list(self.directions.values())),
         }
         if self.products.numel():
             values["direction_dot_gradient"] = self.products.sum()
@@ -98,7 +97,7 @@ def plan_update(
     lr: float | Optimizer | None,
     known: Mapping[str, Tensor] | None = None,
 ) -> Update:
-    """The clipped direction; nothing is written yet.
+    """The clipped direction; nothing is written yet. Without a correction it is made in the memory of ``directions``.
 
     With a KL clip, a corrected direction that does not descend (<zeta_2, grad> <= 0) is replaced by the one-level one.
 
@@ -126,8 +125,12 @@ def plan_update(
         scale = kl_clip_scale(kl_clip, products, rates)
     if correction is not None and solved:
         final = correction.direction(corrected, scale)
+    elif kl_clip is None:
+        final = dict(directions)
+    elif correction is None:  # nobody else asks for zeta
+        final = {name: zeta.mul_(scale) for name, zeta in directions.items()}
     else:
-        final = dict(directions) if kl_clip is None else {name: zeta * scale for name, zeta in directions.items()}
+        final = {name: zeta * scale for name, zeta in directions.items()}
     norm = _norm(list(gradients.values())) if len(gradients) == len(layers) else None
     return Update(layers, final, scale, corrected, products * scale, rates, norm)
 
