@@ -157,7 +157,7 @@ class Statistics:
         samples = samples_of(layer, rows, batch, shared)
         moment = layer.input_moment(x, statistics_dtype(layer.dtype), weights, samples)
         times = batch.valid if shared else 1.0  # every sample has the rows of a shared call
-        _add(self._inputs, (layer.name, layer.input_side), moment * times)
+        _add(self._inputs, (layer.name, layer.input_side), _times(moment, times))
         if samples is not None:
             self.rows[layer.name] += batch.valid
         else:
@@ -176,14 +176,14 @@ class Statistics:
         dtype = statistics_dtype(layer.dtype)
         if layer.joint:
             moment = layer.gradient_moment(x, g.to(dtype), batch.size, dtype)
-            _add(self._gradients, (layer.name, "A"), moment * (weight * scale**2))
+            _add(self._gradients, (layer.name, "A"), _times(moment, weight * scale**2))
         elif self._output_side:
             # The gradient of a shared call is a sum over samples. At sampled targets they are independent with mean 0,
             # and the moment of the sum is, in expectation, the sum of the moments.
             samples = samples_of(layer, layer.rows(g), batch, layer.shared(x, batch.size))
             moment = layer.output_moment(g.to(dtype), dtype, samples)
             side: Side = "G" if layer.input_side == "A" else "A"
-            _add(self._gradients, (layer.name, side), moment * (weight * scale**2))
+            _add(self._gradients, (layer.name, side), _times(moment, weight * scale**2))
 
     def rescale_outputs(self, factor: float) -> None:
         """Multiply what is made of gradients by ``factor`` (a gradient scaler's, squared and inverted)."""
@@ -194,6 +194,10 @@ class Statistics:
         """Whether every sum is finite (one synchronisation)."""
         sums = [*self._inputs.values(), *self._gradients.values()]
         return not sums or bool(torch.stack([s.sum() for s in sums]).isfinite().all())
+
+
+def _times(moment: Tensor, factor: float) -> Tensor:
+    return moment if factor == 1.0 else moment * factor
 
 
 def _add(sums: dict[Key, Tensor], key: Key, moment: Tensor) -> None:

@@ -36,6 +36,16 @@ def test_second_moments(ones: bool, masked: bool) -> None:
     assert torch.allclose(found, wanted, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dim", [255, 256, 300, 512])
+def test_moments_by_blocks_are_whole_and_symmetric(dim: int) -> None:
+    rows = normal(1, 9, dim)
+    found, bordered = second_moment_sum(rows), second_moment_sum(rows, ones=True)
+    assert torch.allclose(found, rows.mT @ rows, rtol=1e-13, atol=1e-13)
+    assert torch.allclose(found, found.mT, rtol=1e-13, atol=1e-13)
+    assert torch.equal(bordered[:, :dim, :dim], found)
+    assert torch.equal(bordered[:, dim, :dim], rows.sum(1))
+
+
 def test_statistics_are_at_least_float32() -> None:
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     assert [statistics_dtype(d) for d in kinds] == [torch.float32] * 3 + [torch.float64]
