@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.page import table
@@ -12,7 +12,6 @@ from benchmarks.steps.peer import METHODS
 from benchmarks.steps.problems import Problem, Sizes, autoencoder, resnet20
 from benchmarks.steps.runs import ONE_LEVEL, OurRun, PeerRun, Run
 from benchmarks.steps.timing import Spread, Times, measure, ratio
-from kfac_dist.config import KFACConfig
 
 CYCLES = (100, 10)
 HEAD = ("", "plain step, ms", "with new curvature, ms", "updates every", "over SGD (quartiles)", "target", "", "floor")
@@ -75,11 +74,6 @@ RESNET = Net(
 )
 
 
-def missing(settings: Mapping[str, Any]) -> list[str]:
-    """The settings that this version does not know."""
-    return [name for name in settings if name not in {field.name for field in fields(KFACConfig)}]
-
-
 def verdict(found: float, target: float) -> str:
     """Whether a bound is kept, to the two digits that are shown."""
     return "kept" if round(found, 2) <= target else "missed"
@@ -93,9 +87,7 @@ def shown(spread: Spread) -> str:
 def run(net: Net, problem: Problem, rounds: int, peer: type[Any] | None) -> dict[str, Times]:
     """Everything about one net in turns."""
     timed: list[Run] = [Run("SGD", problem)]
-    for cell in net.cells:
-        if not missing(cell.settings):
-            timed.append(OurRun(cell.name, problem, {**ONE_LEVEL, **cell.settings}))
+    timed += [OurRun(cell.name, problem, {**ONE_LEVEL, **cell.settings}) for cell in net.cells]
     timed += [PeerRun(f"kfac-pytorch, {method}", problem, peer, method) for method in METHODS if peer]
     floors = [cell.floor for cell in net.cells if cell.floor]
     return measure([*timed, *pieces(problem, floors)], rounds)
@@ -105,9 +97,6 @@ def rows(net: Net, times: Mapping[str, Times]) -> list[list[str]]:
     """The table's rows: SGD, the cells, kfac-pytorch."""
     found = [["SGD", f"{times['SGD'].of_kind('plain'):.1f}", "", "", "1", "", "", ""]]
     for cell in net.cells:
-        if cell.name not in times:
-            found.append([cell.name, "not available", *[""] * (len(HEAD) - 2)])
-            continue
         for number, every in enumerate(CYCLES):
             over = ratio(times[cell.name], times["SGD"], every)
             target = (
@@ -129,7 +118,7 @@ def timings(name: str, times: Mapping[str, Times], every: int) -> list[str]:
 def against_peer(net: Net, times: Mapping[str, Times]) -> list[list[str]]:
     """Every cell over the faster one of its rivals; at most 1 is wanted."""
     found = []
-    for cell in (cell for cell in net.cells if cell.name in times and cell.rivals):
+    for cell in (cell for cell in net.cells if cell.rivals):
         for number, every in enumerate(CYCLES):
             own = times[cell.name]
             measured = {m: times[f"kfac-pytorch, {m}"] for m in cell.rivals if f"kfac-pytorch, {m}" in times}
