@@ -33,7 +33,7 @@ from kfac_dist.callbacks.samples import let_ddp_leave_linears, refuse_scaler
 from kfac_dist.callbacks.trial import Trial
 from kfac_dist.callbacks.window import Window
 from kfac_dist.compat import is_compiled, open_compiled_code
-from kfac_dist.config import CoarseConfig, DistributionConfig
+from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig
 from kfac_dist.preconditioner import KFACPreconditioner
 from kfac_dist.summary import Summary, inspect
 
@@ -176,6 +176,10 @@ class KFAC(pl.Callback):
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the last step, as ``KFACPreconditioner.metrics``; they stay after the fit."""
         return self._metrics if self._core is None else self._core.metrics
+
+    def settings(self) -> tuple[KFACConfig, DistributionConfig, CoarseConfig | None]:
+        """The method, its distribution and its coarse level, as they were configured."""
+        return method_of(self._options), self._distribution, self._options["coarse"]
 
     def inspect(self, pl_module: pl.LightningModule, world_size: int = 1) -> Summary:
         """What a fit on so many ranks would do with every module: a table for ``print`` and ``rich.print``.

@@ -23,6 +23,9 @@ SUBCOMMANDS = {
     "test": Subcommand(TRAIN, "evaluate on the test split"),
     "predict": Subcommand(TRAIN, "run the model on the prediction split"),
     "inspect": Subcommand("kfac_dist.launch.inspect", "what K-FAC does with every module of the model: --config FILE"),
+    "plan": Subcommand(
+        "kfac_dist.launch.plan", "what K-FAC would cost on many ranks: --layers resnet50 --world-size 64"
+    ),
     "launch": Subcommand(
         "kfac_dist.launch.launch", "start any of these on several processes: launch torchrun -n 2 -- fit --config FILE"
     ),

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "kfac_dist"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "registry", "environment", "compat", "draws", "metrics", "roll_call", "balance"),
     ("factors", "inverse", "assignment", "fused", "schedules", "restrict", "coarse_solver"),
-    ("state", "coarse_state"),
-    ("layers", "likelihoods", "comm"),
+    ("state", "coarse_state", "networks"),
+    ("layers", "likelihoods", "comm", "costs"),
     ("samples", "sample_rows", "trust"),
     ("coarse",),
     ("capture", "statistics", "loss_check", "sample_order", "replicas", "clip", "basis", "notices"),
@@ -52,7 +52,7 @@ ONLY_IN = {
     "mpi4py": ("comm.mpi",),
 }
 # Plain Python, fit to be read and tested without tensors.
-WITHOUT_TORCH = ("assignment", "balance", "environment", "registry", "roll_call")
+WITHOUT_TORCH = ("assignment", "balance", "costs", "environment", "networks", "registry", "roll_call")
 
 
 def files() -> dict[str, Path]:
