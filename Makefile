@@ -32,6 +32,7 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m benchmarks.steps $(ARGS)
+	$(RUN) -m benchmarks.scaling
 
 race: $(STAMP)
 	$(RUN) -m benchmarks.race $(ARGS)
