@@ -155,6 +155,13 @@ def penalised(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(net, x, y) + net.first.weight.square().sum() + net.last.bias.sum() + net.first.bias.norm()
 
 
+def penalised_late(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """What the forward began with comes last in the backward: after the rows."""
+    assert isinstance(net, Net)
+    penalty = net.first.weight.square().sum() + net.plain.weight.sum()
+    return penalty + cross_entropy(net, x, y)
+
+
 def smooth(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """A penalty on the gradient of the inputs: a backward within the forward, and one through it."""
     x = x.clone().requires_grad_()
@@ -163,7 +170,7 @@ def smooth(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return loss + gradient.square().sum()
 
 
-@pytest.mark.parametrize("loss", [penalised, smooth])
+@pytest.mark.parametrize("loss", [penalised, penalised_late, smooth])
 def test_gradients_that_come_on_another_way_are_added(loss: Loss) -> None:
     found = directions(Net(), "samples", loss, likelihood="empirical" if loss is penalised else "categorical")
     wanted = directions(Net(), "gradients", loss, likelihood="empirical" if loss is penalised else "categorical")
