@@ -24,9 +24,6 @@ def machine() -> str:
     return f"{processor}, {os.cpu_count()} cores, {system}; {versions}"
 
 
-# X {platform.python_version()}, torch {torch.__version__}"
-
-
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown; the first column holds names, the others numbers."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]

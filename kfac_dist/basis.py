@@ -33,6 +33,7 @@ class Basis:
         self.blocks = 1 if spans_network else len(self.names)
         first = dense(next(iter(self.vectors.values()))[0])
         self.like = first.new_zeros(())
+        self._dotted: tuple[Mapping[str, Tensor], Tensor] | None = None
 
     @cached_property
     def gram(self) -> Tensor:
@@ -68,13 +69,19 @@ class Basis:
         return 0 if self.spans_network else self.names.index(name)
 
     def dots_by_layer(self, other: Mapping[str, Tensor]) -> Tensor:
-        """<V_ij, other_i> of the raw vectors, one row per LAYER: (layers, k), float64."""
+        """<V_ij, other_i> of the raw vectors, one row per LAYER: (layers, k), float64.
+
+        The last ones are kept: the solve and the clip both ask for those with the gradient.
+        """
+        if self._dotted is not None and self._dotted[0] is other:
+            return self._dotted[1]
         zero = torch.zeros((), dtype=torch.float64, device=self.like.device)
         rows = []
         for name in self.names:
             products = [inner(vector, other[name]) for vector in self.vectors[name]]
             rows.append(torch.stack(products + [zero] * (self.count - len(products))))
-        return torch.stack(rows)
+        self._dotted = other, torch.stack(rows)
+        return self._dotted[1]
 
     def by_block(self, rows: Tensor) -> Tensor:
         """Rows per layer, (layers, ..), as rows per block, (n, ..)."""
@@ -102,7 +109,7 @@ class Basis:
             parts = self.vectors[name]
             total = dense(parts[0]) * t[0]
             for j in range(1, len(parts)):
-                total = torch.addcmul(total, dense(parts[j]), t[j])
+                total.addcmul_(dense(parts[j]), t[j])
             result[name] = total
         return result
 

@@ -40,6 +40,13 @@ class Correction:
             result = result + torch.stack([(self.base[n] * gradients[n]).sum().double() for n in self.basis.names])
         return result
 
+    def one_level_products(self, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """<zeta, grad> per layer, (layers,), where zeta is in the space and so known already; else None."""
+        if self.one_level is None:
+            return None
+        rows = self.basis.dots_by_layer(gradients)
+        return (rows * self.one_level.expand(len(self.basis.names), -1)).sum(1)
+
     def direction(self, corrected: Tensor, scale: Tensor) -> dict[str, Tensor]:
         """``scale`` times zeta_2, or times zeta where ``corrected`` is False; both are scalars on the device."""
         fallback = torch.zeros_like(self.coefficients) if self.one_level is None else self.one_level

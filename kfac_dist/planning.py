@@ -61,6 +61,8 @@ def plan_step(
     joint = frozenset(layer.name for layer in layers if layer.joint)
     report: dict[str, MetricValue] = {}
     correction, taken = None, True
+    if two is not None:
+        directions = _contiguous(directions)
     for _ in range(MAX_REJECTIONS):
         damping = one.damping.value(step.number)
         report["damping"] = damping
@@ -97,7 +99,7 @@ def plan_step(
         if rule.judge(ratio):
             break
         if rule is one.damping.trust:
-            directions = one.precondition(gradients, rule.damping)
+            directions = _contiguous(one.precondition(gradients, rule.damping))
         if two is not None:
             two.discard()
     else:
@@ -119,6 +121,11 @@ def _rule(one: OneLevel, two: TwoLevel | None, correction: Correction | None) ->
     if two is None or not two.adaptive:
         return one.damping.trust
     return two.trust if correction is not None and correction.solved else None
+
+
+def _contiguous(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One copy: a product's rows begin at cache lines, and every inner product to come would copy them anew."""
+    return {name: direction.contiguous() for name, direction in directions.items()}
 
 
 def _count_abandoned(one: OneLevel, two: TwoLevel | None) -> None:

@@ -7,8 +7,7 @@ Preconditioning is linear, so the mean over the ranks of the preconditioned LOCA
 all-reduce of these (sum over the layers of g a + 1 words) takes the place of the one of the gradients. Whether a rank
 takes its rows or forms its dense gradient is its own affair.
 
-With the KL clip <zeta, grad> is summed over rows as well: sum_r (g_r zeta) a_r, R g a, or on one rank by the Gram
-matrices of rows where that is less, R^2 (g + a).
+With the KL clip <zeta, grad> is summed over rows as well: sum_r (g_r zeta) a_r, another R g a.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def pays(layer: Layer, rows: int, config: KFACConfig) -> bool:
     d_out, d_in = layer.output_dim, layer.input_dim
     a = layer.factors["A"].size
     g = layer.factors["G"].size if config.factor_sides == "both" else 0
-    clip = 0 if config.kl_clip is None else min(d_out * d_in, rows * (d_out + d_in))
+    clip = 0 if config.kl_clip is None else d_out * d_in
     return rows * (d_out * g + d_in * a + clip) < d_out * d_in * (g + a)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.basis import Basis
-from kfac_dist.coarse import CoarseSpace
+from kfac_dist.coarse import CoarseSpace, inner
 from kfac_dist.coarse_solver import CoarseOperator, CoarseSystem, Status, factorise
 from kfac_dist.coarse_state import saved_coefficients, saved_momentum
 from kfac_dist.comm import Communicator
@@ -210,14 +210,14 @@ class TwoLevel:
         return rows
 
     def _restricted(self, fine: Fine, basis: Basis, zeta: tuple[float, ...] | None) -> dict[str, Tensor]:
-        """R_0 grad, R_0 zeta and the norms that the report needs."""
+        """R_0 grad, R_0 zeta and, where zeta is not in the space, the ||zeta||^2 that the report needs."""
         gradient = basis.restrict(basis.by_block(basis.dots_by_layer(fine.gradients)))
         if zeta is None:
             direction = basis.by_block(basis.dots_by_layer(fine.directions))
         else:
             direction = (basis.gram @ torch.tensor(zeta).to(basis.gram)[:, None])[..., 0]
-        norm = torch.stack([z.double().square().sum() for z in fine.directions.values()]).sum()
-        packed = torch.cat([gradient, basis.restrict(direction), norm[None]]).cpu()
+        norm = [inner(z, z) for z in fine.directions.values()] if zeta is None else [gradient.new_zeros(())]
+        packed = torch.cat([gradient, basis.restrict(direction), torch.stack(norm).sum()[None]]).cpu()
         m = basis.dimension
         return {"gradient": packed[:m], "direction": packed[m : 2 * m], "norm": packed[2 * m]}
 

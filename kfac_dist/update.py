@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_dist.clip import kl_clip_scale, learning_rates
+from kfac_dist.coarse import inner
 from kfac_dist.comm import Communicator
 from kfac_dist.layers import Layer
 from kfac_dist.metrics import MetricValue
@@ -110,7 +111,9 @@ def plan_update(
         lr: the outer optimizer or its rate; None: 1.
         known: layer -> <zeta, gradient>, for layers whose gradients are not formed; with a clip it is needed of them.
     """
-    products = _products(layers, gradients, directions, known or {})
+    like = next(iter(directions.values()))
+    mine = None if correction is None or not correction.solved else correction.one_level_products(gradients)
+    products = _products(layers, gradients, directions, known or {}) if mine is None else mine.to(like)
     rates = learning_rates(layers, 1.0 if lr is None else lr, products)
     corrected = torch.zeros((), dtype=torch.bool, device=products.device)
     solved = correction is not None and correction.solved
@@ -178,7 +181,7 @@ def reduction_ratio(
     mine = [float(w.double().square().sum()), samples.valid, *losses, 0.0, 0.0]
     if communicator.rank == 0:  # the same on all ranks, but for the last bits where their hardware is not alike
         mine[-2] = float((update.products * update.rates).sum())
-        mine[-1] = float(torch.stack([step.double().square().sum() for step in steps.values()]).sum())
+        mine[-1] = float(torch.stack([inner(step, step) for step in steps.values()]).sum())
     sums = torch.tensor(mine, dtype=torch.float64, device=like.device)
     communicator.all_reduce(sums, phase="adaptive")
     energy, count, before, after, ranks, slope, length = sums.tolist()
