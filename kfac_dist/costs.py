@@ -89,11 +89,6 @@ class Machine:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def stored_words(cost: LayerCost, sides: Sides) -> int:
-    """Words of a layer's factors, as they are stored."""
-    return cost.groups * sum(number * order**2 for order, number in cost.blocks(sides).values())
-
-
 def inverse_words(cost: LayerCost, method: Method) -> int:
     """Words of a layer's inverses, or of its eigenvectors and eigenvalues."""
     blocks = cost.blocks(method.sides).values()
@@ -101,7 +96,7 @@ def inverse_words(cost: LayerCost, method: Method) -> int:
 
 
 def packed_words(cost: LayerCost, sides: Sides) -> int:
-    """The same with upper triangles only."""
+    """Words of a layer's factors, of which upper triangles are stored and sent."""
     return cost.groups * sum(number * order * (order + 1) // 2 for order, number in cost.blocks(sides).values())
 
 
@@ -126,7 +121,7 @@ def traffic(assignment: Assignment, method: Method, rank: int = 0) -> dict[str, 
 
 def memory(assignment: Assignment, method: Method, rank: int = 0) -> dict[str, int]:
     """What is held between steps -> bytes: averages, the averages of the last inversion, inverses, the row's buffer."""
-    factors = method.word * sum(stored_words(cost, method.sides) for cost in assignment.costs)
+    factors = method.word * sum(packed_words(cost, method.sides) for cost in assignment.costs)
     mine = [cost for cost in assignment.costs if assignment.preconditions(cost.name, rank)]
     return {
         "factors": factors,
