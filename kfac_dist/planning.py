@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac_dist.correction import Correction
 from kfac_dist.fine import Fine
+from kfac_dist.fine_damping import FineDamping
 from kfac_dist.metrics import MetricValue
 from kfac_dist.one_level import OneLevel
 from kfac_dist.samples import Samples
-from kfac_dist.trust import MAX_REJECTIONS, LevenbergMarquardt
+from kfac_dist.trust import MAX_REJECTIONS
 from kfac_dist.two_level import TwoLevel
 from kfac_dist.update import Update, plan_update, reduction_ratio
 
@@ -61,12 +61,12 @@ def plan_step(
     joint = frozenset(layer.name for layer in layers if layer.joint)
     report: dict[str, MetricValue] = {}
     correction, taken = None, True
-    if two is not None:
-        directions = _contiguous(directions)
+    judged = _judged(one, two) if step.closure is not None else None
     for _ in range(MAX_REJECTIONS):
         damping = one.damping.value(step.number)
         report["damping"] = damping
         if two is not None and samples is not None:
+            directions = _contiguous(directions)
             lam = two.damping(step.number, damping)
             two.report["coarse/damping"] = lam
             fine = Fine(
@@ -83,28 +83,32 @@ def plan_step(
             )
             correction = two.correct(fine, samples, lam, step.number)
         update = plan_update(layers, gradients, directions, correction, one.config.kl_clip, step.lr)
-        rule = None if step.closure is None else _rule(one, two, correction)
-        due = rule is not None and rule.due(step.number) and bool(torch.isfinite(update.products).all())
-        if not due or rule is None or samples is None or step.closure is None:
+        rule = None if judged is None else judged.trust
+        if rule is None or samples is None or step.closure is None or not rule.due(step.number):
+            break
+        if judged is two and (correction is None or not correction.solved):  # lam_c has no part in a one-level step
+            break
+        if not bool(torch.isfinite(update.products).all()):
             break
         ratio = reduction_ratio(
             model, update, gradients, samples, one.world, rule.damping, one.loss_scale, step.closure
         )
         if ratio is None:
             break
-        if rule is one.damping.trust:
-            report["reduction_ratio"] = ratio
-        elif two is not None:
+        if two is not None and judged is two:
             two.report["coarse/reduction_ratio"] = ratio
+        else:
+            report["reduction_ratio"] = ratio
         if rule.judge(ratio):
             break
-        if rule is one.damping.trust:
-            directions = _contiguous(one.precondition(gradients, rule.damping))
+        if judged is one.damping:
+            directions = one.precondition(gradients, rule.damping)
         if two is not None:
             two.discard()
     else:
         update, taken = update.abandoned(), False
-        _count_abandoned(one, two)
+        if judged is not None:
+            judged.abandoned += 1
     if one.damping.adaptive:
         report["abandoned"] = one.damping.abandoned
     if two is not None:
@@ -116,20 +120,13 @@ def plan_step(
     return replace(update, report=report)
 
 
-def _rule(one: OneLevel, two: TwoLevel | None, correction: Correction | None) -> LevenbergMarquardt | None:
-    """Which damping the loss judges; that of the coarse level has no part in a one-level step."""
-    if two is None or not two.adaptive:
-        return one.damping.trust
-    return two.trust if correction is not None and correction.solved else None
+def _judged(one: OneLevel, two: TwoLevel | None) -> FineDamping | TwoLevel | None:
+    """Whose damping follows the loss."""
+    if two is not None and two.adaptive:
+        return two
+    return one.damping if one.damping.adaptive else None
 
 
 def _contiguous(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """One copy: a product's rows begin at cache lines, and every inner product to come would copy them anew."""
     return {name: direction.contiguous() for name, direction in directions.items()}
-
-
-def _count_abandoned(one: OneLevel, two: TwoLevel | None) -> None:
-    if one.damping.adaptive:
-        one.damping.abandoned += 1
-    elif two is not None:
-        two.abandoned += 1

@@ -14,7 +14,7 @@ from kfac_dist import CoarseConfig, DistributionConfig, KFACPreconditioner
 from kfac_dist.trust import LevenbergMarquardt
 from tests.helpers.cases import cases
 from tests.helpers.ranks import RankPool
-from tests.helpers.training import BATCH, UNEVEN
+from tests.helpers.training import BATCH, train_with_closures
 
 STEPS = 24
 
@@ -32,30 +32,7 @@ def train(
     kfac = KFACPreconditioner(
         model, likelihood="categorical", coarse=coarse, distribution=distribution, factor_every_n_steps=3, seed=3
     )
-    metrics = []
-    for step in range(steps):
-        sizes = UNEVEN[world_size][step % len(UNEVEN[world_size])]
-        first = step * BATCH + sum(sizes[:rank])
-        part = torch.arange(first, first + sizes[rank])
-
-        def loss(part: Tensor = part) -> Tensor:
-            if not len(part):
-                return torch.tensor(float("nan"))  # the mean over no samples
-            return case.sum_loss(model(case.x[part]), case.y[part]) * (world_size / BATCH)
-
-        model.zero_grad()
-        if len(part):
-            logits = model(case.x[part])
-            kfac.accumulate(sample_ids=part)
-            (case.sum_loss(logits, case.y[part]) * (world_size / BATCH)).backward()
-        kfac.step(closure=loss)
-        metrics.append(dict(kfac.metrics))
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= p.grad
-    state = kfac.state_dict()
-    kfac.close()
-    return metrics, [p.detach() for p in model.parameters()], state
+    return train_with_closures(rank, world_size, case, kfac, range(steps))
 
 
 @pytest.mark.parametrize("start", [1e-4, 1.0, 1e3])

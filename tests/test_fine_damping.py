@@ -14,9 +14,9 @@ from kfac_dist import CoarseConfig, DistributionConfig, KFACPreconditioner
 from kfac_dist.trust import MAX_REJECTIONS, OMEGA, LevenbergMarquardt
 from tests.helpers.cases import Case, cases
 from tests.helpers.coarse_runs import relative
-from tests.helpers.dense_coarse import FIRST_ID, SEED, Dense, flat_gradient
+from tests.helpers.dense_coarse import FIRST_ID, SEED, Dense, decrease_ratio, flat_gradient
 from tests.helpers.ranks import RankPool
-from tests.helpers.training import BATCH, UNEVEN
+from tests.helpers.training import BATCH, train_with_closures
 
 STEPS, START = 24, 0.4
 ALL = cases()
@@ -62,15 +62,8 @@ def test_the_ratio_is_true_over_predicted_decrease(kl_clip: float | None, lr: fl
     case.loss(logits, case.y).backward()
     kfac.step(lr=lr, closure=lambda: case.loss(model(case.x), case.y))
     dense = Dense(case, case.model(), START, START, "true", 1)
-    d = flat_gradient(model)
-    predicted = lr * d @ dense.grad - 0.5 * lr**2 * d @ dense.F_l @ d
-    with torch.no_grad():
-        loss = case.loss(model(case.x), case.y)
-        for p in model.parameters():
-            p -= lr * p.grad
-        decrease = loss - case.loss(model(case.x), case.y)
     ratio = kfac.metrics["reduction_ratio"]
-    assert ratio == pytest.approx(float(decrease / predicted), rel=1e-9)
+    assert ratio == pytest.approx(decrease_ratio(dense, case, model, lr), rel=1e-9)
     factor = OMEGA if ratio > 0.75 else 1 / OMEGA if ratio < 0.25 else 1.0
     assert kfac.state_dict()["damping"]["value"] == pytest.approx(START * factor)
 
@@ -131,30 +124,7 @@ def train(
         with torch.no_grad():
             for p, value in zip(model.parameters(), saved[1], strict=True):
                 p.copy_(value)
-    metrics = []
-    for number in range(at, steps):
-        sizes = UNEVEN[world_size][number % len(UNEVEN[world_size])]
-        first = number * BATCH + sum(sizes[:rank])
-        part = torch.arange(first, first + sizes[rank])
-
-        def loss(part: Tensor = part) -> Tensor:
-            if not len(part):
-                return torch.tensor(float("nan"))  # the mean over no samples
-            return case.sum_loss(model(case.x[part]), case.y[part]) * (world_size / BATCH)
-
-        model.zero_grad()
-        if len(part):
-            logits = model(case.x[part])
-            kfac.accumulate(sample_ids=part)
-            (case.sum_loss(logits, case.y[part]) * (world_size / BATCH)).backward()
-        kfac.step(closure=loss if kfac.wants_loss else None)
-        metrics.append(dict(kfac.metrics))
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= p.grad
-    state = kfac.state_dict()
-    kfac.close()
-    return metrics, [p.detach() for p in model.parameters()], state
+    return train_with_closures(rank, world_size, case, kfac, range(at, steps), always=False)
 
 
 def test_the_damping_follows_the_rule() -> None:

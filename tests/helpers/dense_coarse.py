@@ -192,4 +192,16 @@ def flat_gradient(model: nn.Module) -> Tensor:
     return torch.cat([gradient_matrix(m).flatten() for m in treated(model).values()])
 
 
-__all__ = ["FIRST_ID", "SEED", "Dense", "flat_gradient", "theta"]
+def decrease_ratio(dense: Dense, case: Case, model: nn.Module, lr: float) -> float:
+    """(loss(theta) - loss(theta - lr d)) / (lr <d, grad> - lr^2 d^T F_l d / 2) of the d in ``param.grad``; it moves."""
+    d = flat_gradient(model)
+    predicted = lr * d @ dense.grad - 0.5 * lr**2 * d @ dense.F_l @ d
+    with torch.no_grad():
+        loss = case.loss(model(case.x), case.y)
+        for p in model.parameters():
+            p -= lr * p.grad
+        decrease = loss - case.loss(model(case.x), case.y)
+    return float(decrease / predicted)
+
+
+__all__ = ["FIRST_ID", "SEED", "Dense", "decrease_ratio", "flat_gradient", "theta"]

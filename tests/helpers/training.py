@@ -135,3 +135,36 @@ def train(rank: int, world_size: int, run: Run) -> Trajectory:
 def train_all(rank: int, world_size: int, runs: dict[str, Run]) -> dict[str, Trajectory]:
     """One job of the pool for many runs."""
     return {name: train(rank, world_size, run) for name, run in runs.items()}
+
+
+def train_with_closures(
+    rank: int, world_size: int, case: Case, kfac: KFACPreconditioner, numbers: range, *, always: bool = True
+) -> tuple[list[dict[str, float]], list[Tensor], dict[str, Any]]:
+    """Steps at lr = 1 for a damping that follows the loss: metrics by step, parameters and the state.
+
+    Every rank's loss is weighted by its share of the samples. ``always``: also where the step does not ask for it.
+    """
+    model, metrics = kfac.model, []
+    for number in numbers:
+        sizes = UNEVEN[world_size][number % len(UNEVEN[world_size])]
+        first = number * BATCH + sum(sizes[:rank])
+        part = torch.arange(first, first + sizes[rank])
+
+        def loss(part: Tensor = part) -> Tensor:
+            if not len(part):
+                return torch.tensor(float("nan"))  # the mean over no samples
+            return case.sum_loss(model(case.x[part]), case.y[part]) * (world_size / BATCH)
+
+        model.zero_grad()
+        if len(part):
+            logits = model(case.x[part])
+            kfac.accumulate(sample_ids=part)
+            (case.sum_loss(logits, case.y[part]) * (world_size / BATCH)).backward()
+        kfac.step(closure=loss if always or kfac.wants_loss else None)
+        metrics.append(dict(kfac.metrics))
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= p.grad
+    state = kfac.state_dict()
+    kfac.close()
+    return metrics, [p.detach() for p in model.parameters()], state
