@@ -15,94 +15,29 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.race_page import Curves, best_two_level, page, plot, training_loss
+from benchmarks.race_page import Curves, best_two_level, page, plot
 from benchmarks.training_run import ROOT
 from kfac_dist.study.methods import METHODS, method
+from kfac_dist.study.protocol import TUNING_SEED, Protocol, lines_of
+from kfac_dist.study.readings import training_loss
 from kfac_dist.study.run import Line, Run
-from kfac_dist.study.runner import available, calibrate, estimate, file_of, finished, make_run, read_lines, run_all
+from kfac_dist.study.runner import available, calibrate, estimate, file_of, finished, read_lines, run_all
 from kfac_dist.study.search import trials
 from kfac_dist.study.suite import PROBLEMS
 
-TUNING_SEED = 100
 
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """What every method gets.
-
-    Attributes:
-        problem: name of the problem.
-        trials: points of the search space.
-        tuning_epochs: length of a trial.
-        seeds: of the runs with the chosen settings.
-        epochs: their length; they go on until ``seconds`` are over, too.
-        seconds: of training.
-        marks: seconds at which losses are compared.
-    """
-
-    problem: str
-    trials: int
-    tuning_epochs: int
-    seeds: tuple[int, ...]
-    epochs: int
-    seconds: float
-    marks: tuple[float, ...]
-
-    def command(self) -> str:
-        """How to call for this protocol; places of files are left out."""
-        options = {"problem": self.problem, "trials": self.trials, "tuning-epochs": self.tuning_epochs}
-        options |= {"seeds": " ".join(map(str, self.seeds)), "epochs": self.epochs, "seconds": f"{self.seconds:g}"}
-        words = [f"--{name} {value}" for name, value in options.items()]
-        return " ".join(["python -m benchmarks.race", *words, "--marks", *(f"{mark:g}" for mark in self.marks)])
-
-    def evaluations(self) -> tuple[float, ...]:
-        """Seconds at which the losses are evaluated: every twelfth of the time, and at the marks."""
-        grid = [self.seconds * i / 12 for i in range(1, 13)] if self.seconds else []
-        return tuple(sorted({*grid, *self.marks}))
-
-    def tuning(self, name: str) -> list[Run]:
-        """The trials of a method."""
-        points = trials(method(name).space, self.trials)
-        budget = {"seed": TUNING_SEED, "epochs": self.tuning_epochs}
-        return [make_run(self.problem, name, p, label=f"trial-{i}", **budget) for i, p in enumerate(points)]
-
-    def chosen(self, name: str, folder: Path) -> dict[str, float] | None:
-        """The settings of the best trial; None where trials are missing."""
-        runs = self.tuning(name)
-        if not all(finished(run, folder) for run in runs):
-            return None
-        losses = [training_loss(read_lines(file_of(run, folder))) for run in runs]
-        return trials(method(name).space, self.trials)[losses.index(min(losses))]
-
-    def finals(self, name: str, settings: Mapping[str, float], label: str = "final") -> list[Run]:
-        """The runs with the chosen settings."""
-        budget = {"epochs": self.epochs, "seconds": self.seconds, "marks": self.evaluations()}
-        return [make_run(self.problem, name, settings, seed=s, label=label, **budget) for s in self.seeds]
-
-
-def twin(protocol: Protocol, name: str, folder: Path) -> list[Run]:
-    """The one-level form of a two-level method at that method's settings.
-
-    The fine level's settings are the two-level method's. The learning rate, which two levels do not have, and the clip,
-    which bounds another thing where nothing has chosen the step, are its own chosen ones.
-    """
-    form = method(name).one_level or ""
-    own, two = protocol.chosen(form, folder), protocol.chosen(name, folder)
-    if own is None or two is None:
-        return []
-    shared = {key: value for key, value in two.items() if key in own and key != "kl_clip"}
-    return protocol.finals(form, own | shared, label=f"as-{name}")
-
-
-def read(runs: Sequence[Run], folder: Path) -> list[list[Line]]:
-    """The lines of runs that are all finished, else nothing."""
-    return [read_lines(file_of(r, folder)) for r in runs] if runs and all(finished(r, folder) for r in runs) else []
+def command(protocol: Protocol) -> str:
+    """How to call for this protocol; places of files are left out."""
+    options = {"problem": protocol.problem, "trials": protocol.trials, "tuning-epochs": protocol.tuning_epochs}
+    options |= {"seeds": " ".join(map(str, protocol.seeds)), "epochs": protocol.epochs}
+    words = [f"--{name} {value}" for name, value in options.items()]
+    words += [f"--seconds {protocol.seconds:g}", "--marks", *(f"{mark:g}" for mark in protocol.marks)]
+    return " ".join(["python -m benchmarks.race", *words])
 
 
 def collect(protocol: Protocol, folder: Path) -> Curves:
@@ -110,13 +45,13 @@ def collect(protocol: Protocol, folder: Path) -> Curves:
     curves = Curves(problem=PROBLEMS[protocol.problem])
     for name in METHODS:
         settings = protocol.chosen(name, folder)
-        lines = read(protocol.finals(name, settings), folder) if settings is not None else []
+        lines = lines_of(protocol.finals(name, settings), folder) if settings is not None else []
         if settings is not None and lines:
             curves.settings[name], curves.lines[name] = settings, lines
     best = best_two_level(curves)
     if best is not None:
-        runs = twin(protocol, best, folder)
-        curves.twin = (best, runs[0].settings, read(runs, folder)) if runs and read(runs, folder) else None
+        runs = protocol.twin(best, folder)
+        curves.twin = (best, runs[0].settings, lines_of(runs, folder)) if lines_of(runs, folder) else None
     return curves
 
 
@@ -193,11 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_all([run for seed in zip(*runs.values(), strict=True) for run in seed], folder, arguments.processes, told)
     best = best_two_level(collect(protocol, folder))
     if best is not None:
-        run_all(twin(protocol, best, folder), folder, arguments.processes, told)
+        run_all(protocol.twin(best, folder), folder, arguments.processes, told)
     curves = collect(protocol, folder)
     plot(curves, folder / "race.png", protocol.epochs, protocol.seconds)
     left_out = available(list(METHODS))[1]
-    arguments.output.write_text(page(curves, protocol, arguments.processes, left_out))
+    arguments.output.write_text(page(curves, protocol, command(protocol), arguments.processes, left_out))
     console.print(f"written: {arguments.output} and {folder / 'race.png'}; {(time.monotonic() - began) / 60:.1f} min")
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +14,13 @@ import torch
 from matplotlib.figure import Figure
 
 from kfac_dist.study.methods import method
+from kfac_dist.study.readings import Runs, after_epochs, after_seconds, median, seconds_to, training_loss
 from kfac_dist.study.run import Line
 from kfac_dist.study.suite import Entry
 
 if TYPE_CHECKING:
-    from benchmarks.race import Protocol
+    from kfac_dist.study.protocol import Protocol
 
-Runs = Sequence[Sequence[Line]]
-"""The lines of one method's runs, one per seed."""
 ADAM_SECONDS, WITHIN_SECONDS = 60.0, 20.0
 AFTER_EPOCHS, BELOW = 10, 0.08
 AHEAD = 0.10
@@ -46,57 +44,6 @@ class Curves:
     settings: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     lines: dict[str, list[list[Line]]] = field(default_factory=dict)
     twin: tuple[str, Mapping[str, Any], list[list[Line]]] | None = None
-
-
-# -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-def number(value: float) -> float:
-    """Infinity for what is no number: a diverged loss is the worst there is."""
-    return value if math.isfinite(value) else math.inf
-
-
-def evaluated(lines: Sequence[Line]) -> list[Line]:
-    """The lines with losses over the training and the held-out samples."""
-    return [line for line in lines if "loss" in line]
-
-
-def training_loss(lines: Sequence[Line]) -> float:
-    """The last training loss; infinite where the run diverged or failed."""
-    return number(evaluated(lines)[-1]["loss"]) if lines[-1].get("end") == "done" else math.inf
-
-
-def after_epochs(lines: Sequence[Line], epochs: int, key: str = "loss") -> float:
-    """The loss at the end of an epoch; infinite where the run did not come so far."""
-    found = (line[key] for line in evaluated(lines) if abs(line["epoch"] - epochs) < 1e-9)
-    return number(next(found, math.inf))
-
-
-def after_seconds(lines: Sequence[Line], seconds: float, key: str = "loss") -> float:
-    """The loss after seconds of training, between two evaluations on the line between them."""
-    points = evaluated(lines)
-    for before, after in pairwise(points):
-        if before["seconds"] <= seconds <= after["seconds"]:
-            low, high = number(before[key]), number(after[key])
-            if before["seconds"] == after["seconds"] or math.inf in (low, high):
-                return high
-            return low + (high - low) * (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
-    return math.inf
-
-
-def seconds_to(lines: Sequence[Line], loss: float) -> float:
-    """When the training loss first is ``loss`` or less, between two evaluations on the line between them."""
-    points = evaluated(lines)
-    for before, after in pairwise(points):
-        if after["loss"] <= loss < before["loss"]:
-            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
-            return before["seconds"] + share * (after["seconds"] - before["seconds"])
-    return math.inf
-
-
-def median(runs: Runs, value: Callable[..., float], *arguments: Any) -> float:
-    """Of a value over the seeds."""
-    return statistics.median(value(lines, *arguments) for lines in runs)
 
 
 def best_two_level(curves: Curves) -> str | None:
@@ -220,7 +167,7 @@ def quiet(curves: Curves) -> str:
     return said + "**The machine was not quiet: take the seconds as rough.**"
 
 
-def page(curves: Curves, protocol: Protocol, processes: int, left_out: Mapping[str, str]) -> str:
+def page(curves: Curves, protocol: Protocol, command: str, processes: int, left_out: Mapping[str, str]) -> str:
     """The whole page."""
     adam = median(curves.lines["adam"], after_seconds, ADAM_SECONDS) if "adam" in curves.lines else math.inf
     sample = next((lines for runs in curves.lines.values() for lines in runs), [{"torch": torch.__version__}, {}])
@@ -228,7 +175,7 @@ def page(curves: Curves, protocol: Protocol, processes: int, left_out: Mapping[s
     lines = [
         f"# Race: {curves.problem.title}",
         "",
-        f"`{protocol.command()}`: {curves.problem.unit}, mean over the training samples; medians over "
+        f"`{command}`: {curves.problem.unit}, mean over the training samples; medians over "
         f"{len(protocol.seeds)} seeds, ranges in parentheses. Batch {begin['batch_size']}, {begin['samples'][0]:,} "
         f"samples for training and {begin['samples'][1]:,} held out, one process and one thread per run, {processes} "
         f"runs at a time. Each method: {protocol.trials} trials of {protocol.tuning_epochs} epochs, its documented "

@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kfac_dist.config import check_number, check_positive_int
+from kfac_dist.config import check_choice, check_number, check_positive_int
 from kfac_dist.study.in_memory import InMemoryDataModule, InMemoryDataset
 from kfac_dist.study.methods import method
 from kfac_dist.study.problem import Problem
@@ -40,6 +40,8 @@ class Run:
         seed: of the initial weights, the order of the batches and the sampled targets.
         epochs: the run goes on until both budgets are used up.
         seconds: of training.
+        clock: whose seconds ``seconds`` and ``marks`` are: the wall's, or those of this process's CPU, which other
+            processes do not disturb (for runs with one thread and no GPU).
         marks: seconds of training after which the losses are evaluated, besides the end of each of the ``epochs``.
         every_n_steps: steps between the lines that hold the mean loss of the batches only.
         threads: for torch.
@@ -55,6 +57,7 @@ class Run:
     seed: int = 0
     epochs: int = 0
     seconds: float = 0.0
+    clock: Literal["wall", "cpu"] = "wall"
     marks: Sequence[float] = ()
     every_n_steps: int = 6
     threads: int = 1
@@ -65,6 +68,7 @@ class Run:
             raise ValueError(f"problem={self.problem!r} is unknown; choose one of {', '.join(PROBLEMS)}")
         check_positive_int("every_n_steps", self.every_n_steps)
         check_positive_int("threads", self.threads)
+        check_choice("clock", self.clock, ("wall", "cpu"))
         check_number("epochs", self.epochs, 0)
         check_number("seconds", self.seconds, 0.0)
         if not self.epochs and not self.seconds:
@@ -141,10 +145,16 @@ def mean_loss(model: Problem, dataset: InMemoryDataset, metric: str, logged: Log
 
 
 class Clock:
-    """Seconds of training, by the wall and of this process's CPU."""
+    """Seconds of training, by the wall and of this process's CPU; ``passed`` are those that the budget counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Literal["wall", "cpu"]) -> None:
+        self.kind = kind
         self.seconds = self.cpu_seconds = 0.0
+
+    @property
+    def passed(self) -> float:
+        """Seconds of training."""
+        return self.cpu_seconds if self.kind == "cpu" else self.seconds
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -173,7 +183,7 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     stepper = method(run.method).build(model, entry.kfac, run.settings, run.seed)
     data.setup("fit")
     loader = data.train_dataloader()
-    clock, step, evaluated, marks, since = Clock(), 0, 0, sorted(run.marks), list[float]()
+    clock, step, evaluated, marks, since = Clock(run.clock), 0, 0, sorted(run.marks), list[float]()
     model.train()
 
     def line(**values: Any) -> Line:
@@ -200,7 +210,7 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     yield line(**last)
     order = batches(loader, run.seed)
     try:
-        while step < run.epochs * len(loader) or clock.seconds < run.seconds:
+        while step < run.epochs * len(loader) or clock.passed < run.seconds:
             with clock.running():
                 _, batch = next(order)
                 value = one_step(stepper, model, batch, logged, entry.loss)
@@ -213,7 +223,7 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
                 yield line(batch_loss=sum(since) / len(since))
                 since = []
             due = step % len(loader) == 0 and step <= run.epochs * len(loader)
-            while marks and clock.seconds >= marks[0]:
+            while marks and clock.passed >= marks[0]:
                 marks, due = marks[1:], True
             if due:
                 evaluated, last = step, losses()

@@ -47,7 +47,9 @@ def read_lines(path: Path) -> list[Line]:
 def finished(run: Run, folder: Path) -> bool:
     """Whether this very run, with these settings and this budget, has ended."""
     lines = read_lines(file_of(run, folder))
-    return bool(lines) and lines[0].get("run") == json.loads(json.dumps(run.header())) and "end" in lines[-1]
+    # What an older file does not know had its default.
+    default = Run(problem=run.problem, method=run.method, epochs=1).header()
+    return bool(lines) and "end" in lines[-1] and default | lines[0]["run"] == json.loads(json.dumps(run.header()))
 
 
 def execute(run: Run, data: InMemoryDataModule, path: Path) -> None:

@@ -7,55 +7,25 @@ from pathlib import Path
 import pytest
 
 from benchmarks import race
-from benchmarks.race_page import (
-    Curves,
-    after_epochs,
-    after_seconds,
-    best_two_level,
-    page,
-    quiet,
-    seconds_to,
-    targets,
-    training_loss,
-)
+from benchmarks.race_page import Curves, best_two_level, page, quiet, targets
+from kfac_dist.study.protocol import Protocol
+from kfac_dist.study.readings import after_epochs, after_seconds, training_loss
 from kfac_dist.study.runner import read_lines
 from kfac_dist.study.suite import PROBLEMS
+from tests.helpers.study_lines import made
 
 TINY = ["--problem", "tiny", "--trials", "2", "--tuning-epochs", "1", "--seeds", "0", "1", "--epochs", "1"]
 SHORT = [*TINY, "--seconds", "0.1", "--marks", "0.05", "0.1", "--methods"]
 
 
-def made(
-    rate: float, end: str = "done", epochs: int = 10, epoch_seconds: float = 6.0, share: float = 1.0
-) -> list[dict]:
-    """A run whose loss is 1 / (1 + rate * epochs) after every epoch."""
-    lines: list[dict] = [{"run": {}, "torch": "2"}, {"batch_size": 256, "samples": [4500, 500]}]
-    for epoch in range(epochs + 1):
-        loss, seconds = 1 / (1 + rate * epoch), epoch_seconds * epoch
-        clock = {"step": 18 * epoch, "seconds": seconds, "cpu_seconds": share * seconds}
-        lines += [{"epoch": epoch, **clock, "loss": loss, "val_loss": 2 * loss}]
-    return [*lines, lines[-1] | {"end": end}]
-
-
-def protocol(**changes) -> race.Protocol:
+def protocol(**changes) -> Protocol:
     settings = {"trials": 6, "tuning_epochs": 3, "seeds": (0,), "epochs": 10, "seconds": 60.0, "marks": (20.0, 60.0)}
-    return race.Protocol(**{"problem": "mnist_autoencoder"} | settings | changes)
+    return Protocol(**{"problem": "mnist_autoencoder"} | settings | changes)
 
 
 def raced(**rates: float) -> Curves:
     lines = {name: [made(rate)] for name, rate in rates.items()}
     return Curves(problem=PROBLEMS["mnist_autoencoder"], settings={name: {} for name in rates}, lines=lines)
-
-
-def test_losses_between_evaluations_lie_on_the_line_between_them() -> None:
-    lines = made(1.0)
-    assert after_epochs(lines, 1) == 0.5
-    assert after_epochs(lines, 1, "val_loss") == 1.0
-    assert after_seconds(lines, 3.0) == pytest.approx(0.75)
-    assert after_seconds(lines, 6.0) == pytest.approx(0.5)
-    assert seconds_to(lines, 0.75) == pytest.approx(3.0)
-    assert training_loss(lines) == pytest.approx(1 / 11)
-    assert after_epochs(lines, 11) == after_seconds(lines, 61.0) == seconds_to(lines, 0.01) == math.inf
 
 
 @pytest.mark.parametrize("end", ["diverged", "failed"])
@@ -66,7 +36,7 @@ def test_a_diverged_run_is_the_worst_of_all(end: str) -> None:
     assert after_epochs(lines, 2) == pytest.approx(1 / 3)
     curves = raced(kfac=1.0)
     curves.lines["kfac"] = [made(1.0), lines, lines]
-    text = page(curves, protocol(seeds=(0, 1, 2)), 2, {})
+    text = page(curves, protocol(seeds=(0, 1, 2)), "command", 2, {})
     assert "| - (0.0909 to -) |" in text
     assert "2 of 3 |" in text
 

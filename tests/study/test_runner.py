@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -199,3 +201,27 @@ def test_the_estimate_is_the_larger_budget_and_the_evaluations() -> None:
     cost = METHODS["muon"].cost
     expected = 2 * 0.5 + 4 * 3 * 0.1 * cost + 5 * 0.2 + 100 + 5 * 0.2
     assert estimate(runs, (0.1, 3, 0.2), 2) == pytest.approx(expected / 2)
+
+
+def test_the_budget_counts_the_seconds_of_the_clock_that_was_asked_for(data, monkeypatch) -> None:
+    asleep = run_module.one_step
+
+    def slow(*arguments):
+        time.sleep(0.02)  # passes by the wall, not by the CPU
+        return asleep(*arguments)
+
+    monkeypatch.setattr(run_module, "one_step", slow)
+    ends = {kind: list(train(tiny(epochs=0, seconds=0.1, clock=kind), data))[-1] for kind in ("wall", "cpu")}
+    assert ends["wall"]["seconds"] >= 0.1 > ends["wall"]["cpu_seconds"]
+    assert ends["cpu"]["cpu_seconds"] >= 0.1
+    assert ends["cpu"]["step"] > ends["wall"]["step"]
+
+
+def test_a_file_from_before_a_field_was_there_counts_with_that_fields_default(tmp_path) -> None:
+    run = tiny()
+    path = file_of(run, tmp_path)
+    path.parent.mkdir(parents=True)
+    stored = {name: value for name, value in run.header().items() if name != "clock"}
+    path.write_text(json.dumps({"run": stored}) + "\n" + json.dumps({"end": "done"}) + "\n")
+    assert finished(run, tmp_path)
+    assert not finished(replace(run, clock="cpu"), tmp_path)

@@ -1,0 +1,97 @@
+"""What every method gets on a problem: the same trials, the same fresh seeds, the same budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kfac_dist.study.methods import method
+from kfac_dist.study.readings import training_loss
+from kfac_dist.study.run import Line, Run
+from kfac_dist.study.runner import file_of, finished, make_run, read_lines
+from kfac_dist.study.search import trials
+
+TUNING_SEED = 100
+"""Of the trials; the runs that are compared have other seeds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """One problem's share of a comparison.
+
+    Attributes:
+        problem: name of the problem.
+        trials: points of the search space, the documented default first.
+        tuning_epochs: length of a trial.
+        seeds: of the runs with the chosen settings.
+        epochs: their length; they go on until ``seconds`` are over, too.
+        seconds: of training.
+        marks: seconds at which losses are compared.
+        clock: whose seconds.
+
+    Raises:
+        ValueError: the trials' seed among ``seeds``, or no seed at all.
+    """
+
+    problem: str
+    trials: int = 6
+    tuning_epochs: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    epochs: int = 10
+    seconds: float = 0.0
+    marks: tuple[float, ...] = ()
+    clock: Literal["wall", "cpu"] = "wall"
+
+    def __post_init__(self) -> None:
+        if TUNING_SEED in self.seeds or not self.seeds:
+            raise ValueError(
+                f"seeds={list(self.seeds)}: give at least one, and not {TUNING_SEED}, which the trials use"
+            )
+
+    def evaluations(self) -> tuple[float, ...]:
+        """Seconds at which the losses are evaluated: every twelfth of the time, and at the marks."""
+        grid = [self.seconds * i / 12 for i in range(1, 13)] if self.seconds else []
+        return tuple(sorted({*grid, *self.marks}))
+
+    def tuning(self, name: str) -> list[Run]:
+        """The trials of a method."""
+        points = trials(method(name).space, self.trials)
+        budget: dict[str, object] = {"epochs": self.tuning_epochs, "clock": self.clock}
+        return [
+            make_run(self.problem, name, point, seed=TUNING_SEED, label=f"trial-{i}", **budget)
+            for i, point in enumerate(points)
+        ]
+
+    def chosen(self, name: str, folder: Path) -> dict[str, float] | None:
+        """The settings of the best trial; None where trials are missing."""
+        runs = self.tuning(name)
+        if not all(finished(run, folder) for run in runs):
+            return None
+        losses = [training_loss(read_lines(file_of(run, folder))) for run in runs]
+        return trials(method(name).space, self.trials)[losses.index(min(losses))]
+
+    def finals(self, name: str, settings: Mapping[str, float], label: str = "final") -> list[Run]:
+        """The runs with the chosen settings, one per seed."""
+        budget: dict[str, object] = {"epochs": self.epochs, "seconds": self.seconds, "clock": self.clock}
+        budget["marks"] = self.evaluations()
+        return [make_run(self.problem, name, settings, seed=s, label=label, **budget) for s in self.seeds]
+
+    def twin(self, name: str, folder: Path) -> list[Run]:
+        """The one-level form of a two-level method at that method's settings.
+
+        The fine level's settings are the two-level method's. The learning rate, which two levels do not have, and the
+        clip, which bounds another thing where nothing has chosen the step, are its own chosen ones.
+        """
+        form = method(name).one_level or ""
+        own, two = self.chosen(form, folder), self.chosen(name, folder)
+        if own is None or two is None:
+            return []
+        shared = {key: value for key, value in two.items() if key in own and key != "kl_clip"}
+        return self.finals(form, own | shared, label=f"as-{name}")
+
+
+def lines_of(runs: Sequence[Run], folder: Path) -> list[list[Line]]:
+    """The lines of runs that are all finished, else nothing."""
+    return [read_lines(file_of(r, folder)) for r in runs] if runs and all(finished(r, folder) for r in runs) else []
