@@ -50,7 +50,7 @@ def collect(protocol: Protocol, folder: Path) -> Curves:
             curves.settings[name], curves.lines[name] = settings, lines
     best = best_two_level(curves)
     if best is not None:
-        runs = protocol.twin(best, folder)
+        runs = protocol.twin(best, curves.settings)
         curves.twin = (best, runs[0].settings, lines_of(runs, folder)) if lines_of(runs, folder) else None
     return curves
 
@@ -126,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = {name: protocol.finals(name, chosen) for name, chosen in settings.items() if chosen is not None}
     # Seed by seed, so that what a busy machine does to the times falls on all methods alike.
     run_all([run for seed in zip(*runs.values(), strict=True) for run in seed], folder, arguments.processes, told)
-    best = best_two_level(collect(protocol, folder))
+    curves = collect(protocol, folder)
+    best = best_two_level(curves)
     if best is not None:
-        run_all(protocol.twin(best, folder), folder, arguments.processes, told)
+        run_all(protocol.twin(best, curves.settings), folder, arguments.processes, told)
     curves = collect(protocol, folder)
     plot(curves, folder / "race.png", protocol.epochs, protocol.seconds)
     left_out = available(list(METHODS))[1]

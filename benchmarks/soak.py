@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from rich.console import Console
 
 from benchmarks import soak_rank
 from benchmarks.soak_rank import CURVATURE, INVERSION, Part
+from benchmarks.waiting import wait_until_ended
 
 KILLS = (613, 1240, 2000, 2077, 3504, 5499, 6001, 7999)
 """Of 8,000 steps; 2,000 is in the middle of writing a checkpoint."""
@@ -48,10 +48,7 @@ def run(job: str, part: Part) -> bool:
     for process in processes:
         process.start()
     try:
-        while any(process.exitcode is None for process in processes):
-            wait([process.sentinel for process in processes if process.exitcode is None])
-            if any(process.exitcode for process in processes):
-                break
+        wait_until_ended(processes)
     finally:
         codes = [process.exitcode for process in processes]
         for process in processes:

@@ -26,6 +26,7 @@ SUBCOMMANDS = {
     "plan": Subcommand(
         "kfac_dist.launch.plan", "what K-FAC would cost on many ranks: --layers resnet50 --world-size 64"
     ),
+    "study": Subcommand("kfac_dist.launch.study", "compare methods, and write a report: configs/study/quick.yaml"),
     "launch": Subcommand(
         "kfac_dist.launch.launch", "start any of these on several processes: launch torchrun -n 2 -- fit --config FILE"
     ),

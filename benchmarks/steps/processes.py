@@ -8,12 +8,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from benchmarks.waiting import wait_until_ended
 
 OUTSIDE = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """What a rank's environment has from the start: one thread, and memory that goes back to the system once it is free."""
@@ -39,10 +40,7 @@ def on_ranks(function: Callable[..., Any], size: int, *arguments: Any) -> list[A
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
         try:
-            while any(process.exitcode is None for process in processes):
-                wait([process.sentinel for process in processes if process.exitcode is None])
-                if any(process.exitcode for process in processes):
-                    break  # the others would wait for it
+            wait_until_ended(processes)
         finally:
             for process in processes:
                 process.kill()

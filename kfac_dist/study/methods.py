@@ -144,8 +144,9 @@ def two_level(
     *,
     title: str | None = None,
     one_level: str = "kfac",
-    cost: float = 7.0,
+    cost: float = 5.0,
     search: Mapping[str, Range] | None = None,
+    tuned: bool = True,
     **fixed: Any,
 ) -> Method:
     """Two-level K-FAC with any coarse space and correction.
@@ -160,6 +161,7 @@ def two_level(
         one_level: the method without the coarse level.
         cost: see :class:`Method`.
         search: further hyper-parameters, or other ranges.
+        tuned: False: nothing is searched, the defaults of what would be are fixed.
         **fixed: further settings.
     """
     chooses = issubclass(coarse_spaces[space], StepSpace)
@@ -167,6 +169,9 @@ def two_level(
     if correction is not None:
         settings["coarse_correction"] = correction
     searched = (CHOSEN if chooses else ONE_LEVEL) | dict(search or {})
+    if not tuned:
+        settings = {name: entry.default for name, entry in searched.items()} | settings
+        searched = {}
     return Method(
         title=title or f"two-level K-FAC, {space}" + (f", {correction}" if correction else ""),
         build=build_kfac,
@@ -211,14 +216,14 @@ METHODS: dict[str, Method] = {
             "rest_lr": Range(3e-4, 1e-4, 1e-2),
         },
         fixed={"weight_decay": 0.0},
-        cost=10.0,
+        cost=11.0,
     ),
     "soap": Method(
         title="SOAP",
         build=build_soap,
         space={"lr": Range(3e-3, 5e-4, 2e-2), "beta1": Range(0.95, 0.8, 0.98, "log_to_one")},
         fixed={"precondition_frequency": 10},
-        cost=9.0,
+        cost=10.0,
         missing=OPTIONAL,
     ),
     "shampoo": Method(
@@ -227,7 +232,7 @@ METHODS: dict[str, Method] = {
         space={"lr": Range(1e-3, 1e-4, 1e-2), "beta1": Range(0.9, 0.8, 0.98, "log_to_one")},
         # Grafted onto RMSProp; refreshed as often as SOAP and K-FAC, from the tenth step on.
         fixed={"graft_type": 3, "preconditioning_compute_steps": 10, "start_preconditioning_step": 10},
-        cost=11.0,
+        cost=19.0,
         missing=OPTIONAL,
     ),
     "kfac_pytorch": Method(
@@ -238,25 +243,41 @@ METHODS: dict[str, Method] = {
         cost=8.0,
         missing=lambda: None if KFAC_PYTORCH.given() else KFAC_PYTORCH.cure,
     ),
-    "kfac": one_level("K-FAC, factored damping", cost=3.5),
-    "kfac_input": one_level("K-FAC, input side only", cost=2.5, factor_sides="input"),
-    "kfac_eigen": one_level("K-FAC, eigen damping", cost=8.0, damping_method="eigen"),
-    "scalar": two_level("scalar", cost=7.0),
-    "scalar_momentum": two_level("scalar_momentum", cost=7.0),
-    "layer_step_momentum": two_level("layer_step_momentum", cost=7.0),
+    "kfac": one_level("K-FAC, factored damping", cost=2.9),
+    "kfac_input": one_level("K-FAC, input side only", cost=2.3, factor_sides="input"),
+    "kfac_eigen": one_level("K-FAC, eigen damping", cost=6.5, damping_method="eigen"),
+    "scalar": two_level("scalar"),
+    "scalar_momentum": two_level("scalar_momentum"),
+    "layer_step_momentum": two_level("layer_step_momentum"),
+    # Nothing is searched: a user who tunes nothing gets this.
+    "rate_free": two_level(
+        "layer_step_momentum", title="two-level K-FAC, layer_step_momentum, nothing tuned", tuned=False
+    ),
+    "rate_free_adaptive": two_level(
+        "layer_step_momentum",
+        title="two-level K-FAC, layer_step_momentum, nothing tuned, both dampings adaptive",
+        tuned=False,
+        damping="adaptive",
+        coarse_damping="auto",
+    ),
     "layer_step_momentum_fixed": two_level(
         "layer_step_momentum",
         title="two-level K-FAC, layer_step_momentum, fixed coarse damping",
-        cost=7.0,
         search=FIXED_COARSE,
     ),
     "layer_step_momentum_input": two_level(
         "layer_step_momentum",
         title="two-level K-FAC, layer_step_momentum, input side only",
         one_level="kfac_input",
-        cost=6.0,
+        cost=3.3,
         factor_sides="input",
     ),
+}
+
+
+# With one vector per layer, these are other spaces: nicolaides and layer_step.
+SEVERAL: Mapping[str, Mapping[str, Any]] = {
+    space: {"coarse_vectors_per_layer": 2} for space in ("krylov", "pcg", "spectral_bands")
 }
 
 
@@ -271,5 +292,5 @@ def method(name: str) -> Method:
     space, colon, correction = name.partition(":")
     if colon:
         CoarseConfig(space=space, correction=correction)
-        return two_level(space, correction)
+        return two_level(space, correction, **SEVERAL.get(space, {}))
     raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}, or <coarse space>:<correction>")

@@ -28,8 +28,12 @@ class Protocol:
         seeds: of the runs with the chosen settings.
         epochs: their length; they go on until ``seconds`` are over, too.
         seconds: of training.
-        marks: seconds at which losses are compared.
+        points: evaluations spread over the seconds.
+        marks: further seconds at which losses are compared.
         clock: whose seconds.
+        threads: of torch, in each run.
+        device: of each run.
+        measure_every: steps between dense measures of the error in the runs that are compared; see ``Run``.
 
     Raises:
         ValueError: the trials' seed among ``seeds``, or no seed at all.
@@ -41,8 +45,12 @@ class Protocol:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     epochs: int = 10
     seconds: float = 0.0
+    points: int = 12
     marks: tuple[float, ...] = ()
     clock: Literal["wall", "cpu"] = "wall"
+    threads: int = 1
+    device: str = "cpu"
+    measure_every: int = 0
 
     def __post_init__(self) -> None:
         if TUNING_SEED in self.seeds or not self.seeds:
@@ -51,14 +59,17 @@ class Protocol:
             )
 
     def evaluations(self) -> tuple[float, ...]:
-        """Seconds at which the losses are evaluated: every twelfth of the time, and at the marks."""
-        grid = [self.seconds * i / 12 for i in range(1, 13)] if self.seconds else []
+        """Seconds at which the losses are evaluated: at equal distances, and at the marks."""
+        grid = [self.seconds * i / self.points for i in range(1, self.points + 1)] if self.seconds else []
         return tuple(sorted({*grid, *self.marks}))
+
+    def _options(self) -> dict[str, object]:
+        return {"clock": self.clock, "threads": self.threads, "device": self.device}
 
     def tuning(self, name: str) -> list[Run]:
         """The trials of a method."""
         points = trials(method(name).space, self.trials)
-        budget: dict[str, object] = {"epochs": self.tuning_epochs, "clock": self.clock}
+        budget = {"epochs": self.tuning_epochs, **self._options()}
         return [
             make_run(self.problem, name, point, seed=TUNING_SEED, label=f"trial-{i}", **budget)
             for i, point in enumerate(points)
@@ -74,22 +85,29 @@ class Protocol:
 
     def finals(self, name: str, settings: Mapping[str, float], label: str = "final") -> list[Run]:
         """The runs with the chosen settings, one per seed."""
-        budget: dict[str, object] = {"epochs": self.epochs, "seconds": self.seconds, "clock": self.clock}
-        budget["marks"] = self.evaluations()
+        budget = {"epochs": self.epochs, "seconds": self.seconds, "marks": self.evaluations(), **self._options()}
+        budget["measure_every"] = self.measure_every
         return [make_run(self.problem, name, settings, seed=s, label=label, **budget) for s in self.seeds]
 
-    def twin(self, name: str, folder: Path) -> list[Run]:
+    def twin(self, name: str, chosen: Mapping[str, Mapping[str, float]]) -> list[Run]:
         """The one-level form of a two-level method at that method's settings.
 
         The fine level's settings are the two-level method's. The learning rate, which two levels do not have, and the
         clip, which bounds another thing where nothing has chosen the step, are its own chosen ones.
+
+        Args:
+            name: the two-level method.
+            chosen: method -> the settings that its trials chose; both methods' must be there.
+
+        Raises:
+            ValueError: the method has no one-level form.
         """
-        form = method(name).one_level or ""
-        own, two = self.chosen(form, folder), self.chosen(name, folder)
-        if own is None or two is None:
-            return []
+        form = method(name).one_level
+        if form is None:
+            raise ValueError(f"{name!r} is no two-level method")
+        own, two = chosen[form], chosen[name]
         shared = {key: value for key, value in two.items() if key in own and key != "kl_clip"}
-        return self.finals(form, own | shared, label=f"as-{name}")
+        return self.finals(form, {**own, **shared}, label=f"as-{name}")
 
 
 def lines_of(runs: Sequence[Run], folder: Path) -> list[list[Line]]:

@@ -45,6 +45,8 @@ class Run:
         marks: seconds of training after which the losses are evaluated, besides the end of each of the ``epochs``.
         every_n_steps: steps between the lines that hold the mean loss of the batches only.
         threads: for torch.
+        device: where the network is trained, such as "cpu" or "cuda".
+        measure_every: steps between dense measures of a K-FAC direction's error, on small networks; 0: none.
         label: tells runs of one plan apart, such as "trial-3".
 
     Raises:
@@ -61,6 +63,8 @@ class Run:
     marks: Sequence[float] = ()
     every_n_steps: int = 6
     threads: int = 1
+    device: str = "cpu"
+    measure_every: int = 0
     label: str = "run"
 
     def __post_init__(self) -> None:
@@ -68,8 +72,10 @@ class Run:
             raise ValueError(f"problem={self.problem!r} is unknown; choose one of {', '.join(PROBLEMS)}")
         check_positive_int("every_n_steps", self.every_n_steps)
         check_positive_int("threads", self.threads)
+        check_device(self.device)
         check_choice("clock", self.clock, ("wall", "cpu"))
         check_number("epochs", self.epochs, 0)
+        check_number("measure_every", self.measure_every, 0)
         check_number("seconds", self.seconds, 0.0)
         if not self.epochs and not self.seconds:
             raise ValueError("epochs=0 and seconds=0: give the run a budget")
@@ -77,6 +83,14 @@ class Run:
     def header(self) -> Line:
         """The run as JSON holds it."""
         return asdict(self) | {"settings": dict(self.settings), "marks": list(self.marks)}
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless this machine has the device ``name``."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r} cannot be used here: {error}; device='cpu' always can") from error
 
 
 class Logged:
@@ -132,23 +146,29 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def mean_loss(model: Problem, dataset: InMemoryDataset, metric: str, logged: Logged) -> float:
+def mean_loss(model: Problem, dataset: InMemoryDataset, metric: str, logged: Logged, device: str) -> float:
     """The metric's mean over all samples, in evaluation mode."""
     model.eval()
     total = 0.0
     for first in range(0, len(dataset), EVALUATION_BATCH):
         rows = list(range(first, min(first + EVALUATION_BATCH, len(dataset))))
-        model.loss(dataset.__getitems__(rows), "val_")
+        model.loss(moved(dataset.__getitems__(rows), device), "val_")
         total += float(logged.values[metric]) * len(rows)
     model.train()
     return total / len(dataset)
 
 
+def moved(batch: Sequence[Tensor], device: str) -> tuple[Tensor, ...]:
+    """The batch's tensors on the device."""
+    return tuple(tensor.to(device) for tensor in batch)
+
+
 class Clock:
     """Seconds of training, by the wall and of this process's CPU; ``passed`` are those that the budget counts."""
 
-    def __init__(self, kind: Literal["wall", "cpu"]) -> None:
+    def __init__(self, kind: Literal["wall", "cpu"], device: str) -> None:
         self.kind = kind
+        self.device = torch.device(device)
         self.seconds = self.cpu_seconds = 0.0
 
     @property
@@ -163,6 +183,8 @@ class Clock:
         try:
             yield
         finally:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
             self.seconds += time.perf_counter() - wall
             self.cpu_seconds += time.process_time() - cpu
 
@@ -178,12 +200,12 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     """
     entry = PROBLEMS[run.problem]
     torch.manual_seed(run.seed)
-    model = entry.model()
+    model = entry.model().to(run.device)
     logged = Logged(model)
     stepper = method(run.method).build(model, entry.kfac, run.settings, run.seed)
     data.setup("fit")
     loader = data.train_dataloader()
-    clock, step, evaluated, marks, since = Clock(run.clock), 0, 0, sorted(run.marks), list[float]()
+    clock, step, evaluated, marks, since = Clock(run.clock, run.device), 0, 0, sorted(run.marks), list[float]()
     model.train()
 
     def line(**values: Any) -> Line:
@@ -193,7 +215,9 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     def losses() -> dict[str, float]:
         splits = {"loss": data.train_set, "val_loss": data.val_set}
         return {
-            name: mean_loss(model, split, entry.loss, logged) for name, split in splits.items() if split is not None
+            name: mean_loss(model, split, entry.loss, logged, run.device)
+            for name, split in splits.items()
+            if split is not None
         }
 
     now = time.perf_counter()
@@ -213,7 +237,7 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
         while step < run.epochs * len(loader) or clock.passed < run.seconds:
             with clock.running():
                 _, batch = next(order)
-                value = one_step(stepper, model, batch, logged, entry.loss)
+                value = one_step(stepper, model, moved(batch, run.device), logged, entry.loss)
             step += 1
             since.append(value)
             if not math.isfinite(value):

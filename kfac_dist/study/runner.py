@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -127,18 +128,24 @@ def failure(run: Run, exitcode: int | None, folder: Path, timeout: float) -> str
     return f"{run.method} ({run.label}, seed {run.seed}) {what}\n{log.read_text() if log.exists() else ''}"
 
 
-def calibrate(problem: str, folder: Path) -> tuple[float, int, float]:
+def calibrate(problem: str, folder: Path, **where: Any) -> tuple[float, int, float]:
     """Seconds of a step of SGD, steps per epoch, and seconds of an evaluation of both splits: for estimates.
 
     It runs for two seconds, always anew.
+
+    Args:
+        problem: its name.
+        folder: of the runs.
+        **where: device, threads and clock of the run.
     """
     settings = {"lr": 1e-4, "momentum": 0.0}
-    run = Run(problem=problem, method="sgd", settings=settings, seconds=2.0, label="calibration")
+    run = Run(problem=problem, method="sgd", settings=settings, seconds=2.0, label="calibration", **where)
     file_of(run, folder).unlink(missing_ok=True)
     run_all([run], folder, processes=1)
     lines = read_lines(file_of(run, folder))
     end = lines[-1]
-    return end["seconds"] / end["step"], lines[1]["steps_per_epoch"], lines[1]["evaluation"]
+    share = end["cpu_seconds"] / end["seconds"] if run.clock == "cpu" else 1.0  # what others took counts for nothing
+    return share * end["seconds"] / end["step"], lines[1]["steps_per_epoch"], share * lines[1]["evaluation"]
 
 
 def estimate(runs: Sequence[Run], sgd: tuple[float, int, float], processes: int) -> float:

@@ -69,7 +69,7 @@ def radical_inverse(index: int, base: int) -> float:
 
 
 def trials(space: Mapping[str, Range], count: int) -> list[dict[str, float]]:
-    """The settings to try: the defaults, then the points of Halton's sequence.
+    """The settings to try: the defaults, then the points of Halton's sequence; only the former of an empty space.
 
     Args:
         space: name of a hyper-parameter -> its range.
@@ -82,7 +82,7 @@ def trials(space: Mapping[str, Range], count: int) -> list[dict[str, float]]:
     if len(space) > len(BASES):
         raise ValueError(f"{len(space)} hyper-parameters to search: at most {len(BASES)}; fix the others")
     points = [{name: entry.default for name, entry in space.items()}]
-    for index in range(1, count):
+    for index in range(1, count if space else 1):
         places = (radical_inverse(index, base) for base in BASES)
         points.append({name: entry.at(place) for (name, entry), place in zip(space.items(), places, strict=False)})
     return points

@@ -52,7 +52,12 @@ PROBLEMS: dict[str, Entry] = {
         data=MNISTDigits,
     ),
     "curves_autoencoder": Entry(
-        title="CURVES autoencoder 784-400-200-100-50-25-6",
+        title="CURVES autoencoder 784-400-200-100-50-25-6, 4,500 images",
+        model=partial(Autoencoder, widths=(784, 400, 200, 100, 50, 25, 6), init="kaiming"),
+        data=partial(Curves, train_samples=4_500, val_samples=500),  # as many as there are digits
+    ),
+    "curves_autoencoder_20000": Entry(
+        title="CURVES autoencoder 784-400-200-100-50-25-6, 20,000 images",
         model=partial(Autoencoder, widths=(784, 400, 200, 100, 50, 25, 6), init="kaiming"),
         data=Curves,
     ),

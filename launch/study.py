@@ -1,0 +1,116 @@
+"""``kfac-dist study FILE``: run a comparison of methods, go on where it stopped, and write its report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from kfac_dist.launch.train import PROGRAM
+from kfac_dist.study.plan import STAGES, Stage, StudyPlan
+from kfac_dist.study.readings import training_loss
+from kfac_dist.study.run import Line, Run
+from kfac_dist.study.runner import calibrate, estimate, file_of, finished, read_lines, run_all
+
+MINUTE = 60.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the study.
+
+    Args:
+        argv: "study", its file and its options.
+
+    Returns:
+        0; 1 where the plan does not fit into --budget. The parser exits with 2 where it does not understand.
+    """
+    arguments = list(argv)[1:]
+    parser = _parser()
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--config")
+    options = parser.parse_args(arguments)
+    if not options.config:
+        parser.error(f"name the study's file: {PROGRAM} study configs/study/quick.yaml")
+    if not 0 <= options.task < options.tasks:
+        parser.error(f"--task {options.task} of --tasks {options.tasks}: it counts from 0")
+    try:
+        plan = parser.instantiate_classes(options).plan
+    except ValueError as error:
+        parser.error(str(error))
+    name = Path(str(options.config[0])).stem
+    folder = (options.folder or Path("outputs", "study", name)).resolve()
+    console = Console(highlight=False, soft_wrap=True)
+    stages: list[Stage] = list(STAGES) if options.stage == "all" else [s for s in STAGES if s == options.stage]
+    if stages and not _run(plan, folder, stages, options, console):
+        return 1
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"{PROGRAM} study",
+        description="Compare methods on problems: trials, fresh seeds, and a report. It goes on where it stopped.",
+        epilog="A killed study loses at most the runs in flight; a run whose settings or budget changed is run again.",
+    )
+    parser.add_argument("--config", action="config", help="the study's file; may be given without --config")
+    parser.add_class_arguments(StudyPlan, "plan", help="the plan; each option takes the place of the file's")
+    parser.add_argument("--folder", type=Path, help="of the runs; default: outputs/study/NAME")
+    parser.add_argument("--report", type=Path, help="folder of the report; default: that of the runs")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="refuse a plan whose estimate is beyond it")
+    parser.add_argument("--estimate", action="store_true", help="say how long it would take, and run nothing")
+    parser.add_argument("--stage", choices=["all", *STAGES, "report"], default="all", help="for jobs: one stage only")
+    parser.add_argument("--task", type=int, default=0, help="of an array of jobs: this one's number")
+    parser.add_argument("--tasks", type=int, default=1, help="of an array of jobs: how many")
+    return parser
+
+
+def _run(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namespace, console: Console) -> bool:
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes to come
+    for method, reason in plan.left_out().items():
+        console.print(f"{method} is left out: it {reason}")
+    minutes = _estimate(plan, folder, stages, options, console)
+    if options.budget is not None and minutes > options.budget:
+        console.print(
+            f"{minutes:.0f} minutes are more than --budget {options.budget:g}: take fewer seeds, methods or problems "
+            "(--plan.seeds '[0,1,2]'), more --processes, or a larger budget. Nothing was run."
+        )
+        return False
+    if options.estimate:
+        return True
+    began = time.monotonic()
+
+    def told(run: Run, end: Line) -> None:
+        loss = training_loss(read_lines(file_of(run, folder)))
+        passed = (time.monotonic() - began) / MINUTE
+        console.print(
+            f"[{passed:6.1f} min] {run.problem} {run.method} {run.label} seed {run.seed}: {end['end']}, {loss:.4f}"
+        )
+
+    for stage in stages:
+        run_all(plan.runs(stage, folder)[options.task :: options.tasks], folder, options.processes, told)
+    return True
+
+
+def _estimate(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namespace, console: Console) -> float:
+    """Minutes that are left, told per stage."""
+    where = {"device": plan.device, "threads": plan.threads, "clock": plan.clock}
+    sgd = {problem: calibrate(problem, folder, **where) for problem in plan.problems}
+    total = 0.0
+    for stage in stages:
+        runs = [
+            run
+            for run in plan.runs(stage, folder, assume=True)[options.task :: options.tasks]
+            if not finished(run, folder)
+        ]
+        parts = ([run for run in runs if run.problem == problem] for problem in sgd)
+        seconds = sum(estimate(part, sgd[p], options.processes) for p, part in zip(sgd, parts, strict=True))
+        total += seconds / MINUTE
+        console.print(f"{stage}: {len(runs)} runs, about {seconds / MINUTE:.0f} min")
+    steps = ", ".join(f"{problem} {1e3 * step:.0f} ms" for problem, (step, _, _) in sgd.items())
+    console.print(f"A step of SGD takes: {steps}. In all about {total:.0f} min with {options.processes} at a time.")
+    return total
