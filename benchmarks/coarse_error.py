@@ -21,9 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from kfac_dist import CoarseConfig, KFACPreconditioner
-from kfac_dist.draws import uniforms
-from kfac_dist.likelihoods import likelihoods
-from kfac_dist.study.dense_fisher import DenseFisher, errors
+from kfac_dist.config import KFACConfig
+from kfac_dist.study.dense_fisher import DenseFisher, sampled_cotangents
 
 DAMPING, SAMPLES, STATES, STEPS_BETWEEN = 1e-2, 1024, 5, 20
 
@@ -134,11 +133,9 @@ def measure(name: str) -> dict[str, tuple[float, float]]:
         model.zero_grad()
         logits = model(x)
         loss_of(likelihood, logits, x, y).backward()
-        family = likelihoods[likelihood]()
-        numbers = uniforms(1, 0, 0, torch.arange(len(x)), family.uniforms_per_sample(logits))
-        fisher = DenseFisher(model, trainer.layers, x, [(family.sampled_cotangent(logits.detach(), numbers), 1.0)])
+        cotangents = sampled_cotangents(KFACConfig(likelihood=likelihood, seed=1), 0, logits)
+        fisher = DenseFisher(model, trainer.layers, x, cotangents)
         gradient = fisher.flatten({layer.name: layer.gradient() for layer in trainer.layers})  # type: ignore[misc]
-        F_l = fisher.damped(DAMPING)
         trainer.forget()
         for row in logs:
             space, k, variant, _ = SPACES.get(row, ("", 1, None, ""))
@@ -146,7 +143,7 @@ def measure(name: str) -> dict[str, tuple[float, float]]:
             if space:
                 coarse = CoarseConfig(space=space, vectors_per_layer=k, variant=variant, max_samples=None)
             found = fisher.flatten(direction(model, likelihood, x, y, coarse, trainer))
-            logs[row].append(errors(F_l, gradient, found))
+            logs[row] += fisher.errors(gradient, [found], DAMPING)
         trainer.forget()
     trainer.close()
     base = logs["one level"]

@@ -58,13 +58,11 @@ def draw_couplings(system: CoarseSystem, step: int) -> Figure:
     count = len(system.blocks)
     size = count * system.count
     side = min(max(4.5, 0.28 * size + 2.5), 16.0)
-    # All first vectors, then all second ones: each square is the layers' interaction through such a pair of vectors.
-    order = [i * system.count + j for j in range(system.count) for i in range(count)]
-    couplings = system.couplings()[order][:, order]
+    names, couplings = system.interactions()
     figure = _figure(side + 1.0, side, f"interaction of the layers, step {step}")
     axes = figure.add_subplot()
     image = axes.imshow(couplings.numpy(), cmap="RdBu_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
-    places, names = list(range(size)), list(system.blocks) * system.count
+    places = list(range(size))
     every = -(-size // LABELS)
     axes.set_xticks(places[::every], names[::every], rotation=90, fontsize=8)
     axes.set_yticks(places[::every], names[::every], fontsize=8)

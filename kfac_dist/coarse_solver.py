@@ -63,6 +63,15 @@ class CoarseSystem:
         scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny).rsqrt(), 0.0 * diagonal)
         return self.matrix * scale[:, None] * scale[None, :]
 
+    def interactions(self) -> tuple[list[str], Tensor]:
+        """The couplings with all first vectors before all second ones, and whose vector each row is.
+
+        So each square is the interaction of the layers through one pair of vectors.
+        """
+        blocks = len(self.blocks)
+        order = [i * self.count + j for j in range(self.count) for i in range(blocks)]
+        return list(self.blocks) * self.count, self.couplings()[order][:, order]
+
 
 def factorise(E: Tensor) -> CoarseOperator:
     """Factorise the Galerkin operator.

@@ -434,6 +434,18 @@ class KFACPreconditioner:
         damping = self._one.damping.value(max(self._step - 1, 0))
         return spectra(self.layers, self._one.states, damping, factored=self.config.damping_method == "factored")
 
+    def one_level(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer -> the one-level direction of any gradients, with the inverses and the damping of the last step.
+
+        To look at what the coarse level and the clip changed; nothing is changed. Every rank calls it, as :meth:`step`.
+
+        Args:
+            gradients: layer -> gradient (groups, d_out, d_in) of the mean loss, for the layers that have an inverse.
+        """
+        with torch.no_grad(), torch.autocast(self._one.device.type, enabled=False), full_float32():
+            mine = {name: gradient.to(self._one.dtype) for name, gradient in gradients.items()}
+            return self._one.precondition(mine, self.metrics["damping"])
+
     @property
     def coarse_system(self) -> CoarseSystem | None:
         """The Galerkin operator of the last coarse solve, on rank 0; None elsewhere and before the first one."""

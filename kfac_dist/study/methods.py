@@ -120,6 +120,7 @@ def build_kfac(model: nn.Module, kfac: Settings, settings: Settings, seed: int) 
         [optimizer],
         accumulate=preconditioner.accumulate,
         precondition=lambda closure: preconditioner.step(lr=optimizer, closure=closure),
+        preconditioner=preconditioner,
     )
 
 

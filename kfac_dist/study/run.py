@@ -6,6 +6,7 @@ paired. Seconds are those of the training steps, batches fetched within them; ev
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import time
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from kfac_dist.config import check_choice, check_number, check_positive_int
+from kfac_dist.study.dense_fisher import MAX_PARAMETERS
 from kfac_dist.study.in_memory import InMemoryDataModule, InMemoryDataset
+from kfac_dist.study.measures import Watch
 from kfac_dist.study.methods import method
 from kfac_dist.study.problem import Problem
 from kfac_dist.study.stepper import Stepper
@@ -43,10 +46,13 @@ class Run:
         clock: whose seconds ``seconds`` and ``marks`` are: the wall's, or those of this process's CPU, which other
             processes do not disturb (for runs with one thread and no GPU).
         marks: seconds of training after which the losses are evaluated, besides the end of each of the ``epochs``.
-        every_n_steps: steps between the lines that hold the mean loss of the batches only.
+        every_n_steps: steps between the lines that hold the mean loss of the batches only, and what a coarse level
+            reports.
         threads: for torch.
         device: where the network is trained, such as "cpu" or "cuda".
-        measure_every: steps between dense measures of a K-FAC direction's error, on small networks; 0: none.
+        measure_every: steps between measures of K-FAC's directions against the natural gradient, on problems that are
+            ``dense``; 0: never. A number without a common divisor with the intervals of K-FAC's updates meets the
+            inverses at every age.
         label: tells runs of one plan apart, such as "trial-3".
 
     Raises:
@@ -73,9 +79,16 @@ class Run:
         check_positive_int("every_n_steps", self.every_n_steps)
         check_positive_int("threads", self.threads)
         check_device(self.device)
+        if self.measure_every:
+            check_positive_int("measure_every", self.measure_every)
+        if self.measure_every and not PROBLEMS[self.problem].dense:
+            small = ", ".join(name for name, entry in PROBLEMS.items() if entry.dense)
+            raise ValueError(
+                f"measure_every={self.measure_every} on problem={self.problem!r}, which has more than {MAX_PARAMETERS} "
+                f"covered parameters: set it to 0, or choose one of {small}"
+            )
         check_choice("clock", self.clock, ("wall", "cpu"))
         check_number("epochs", self.epochs, 0)
-        check_number("measure_every", self.measure_every, 0)
         check_number("seconds", self.seconds, 0.0)
         if not self.epochs and not self.seconds:
             raise ValueError("epochs=0 and seconds=0: give the run a budget")
@@ -197,12 +210,17 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     training and the held-out samples) at first, at the end of each of ``run.epochs``, at the marks and at the end. The
     last one holds ``end``: "done", "diverged" (a loss that is no number, or a training loss above the initial one) or
     "failed" with the message of the error.
+
+    What :class:`~kfac_dist.study.measures.Watch` sees of K-FAC stands beside ``batch_loss`` (``coarse``), in lines of
+    its own (``measures``), and in one before the last (``interactions`` and ``layers``).
     """
     entry = PROBLEMS[run.problem]
     torch.manual_seed(run.seed)
     model = entry.model().to(run.device)
     logged = Logged(model)
+    twin = copy.deepcopy(model) if run.measure_every else None  # before anybody puts hooks into it
     stepper = method(run.method).build(model, entry.kfac, run.settings, run.seed)
+    watch = Watch(stepper.preconditioner, twin, run.measure_every)
     data.setup("fit")
     loader = data.train_dataloader()
     clock, step, evaluated, marks, since = Clock(run.clock, run.device), 0, 0, sorted(run.marks), list[float]()
@@ -235,17 +253,22 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     order = batches(loader, run.seed)
     try:
         while step < run.epochs * len(loader) or clock.passed < run.seconds:
+            watch.before(step + 1, model)
             with clock.running():
                 _, batch = next(order)
-                value = one_step(stepper, model, moved(batch, run.device), logged, entry.loss)
+                batch = moved(batch, run.device)
+                value = one_step(stepper, model, batch, logged, entry.loss)
             step += 1
             since.append(value)
             if not math.isfinite(value):
                 last = {"loss": value, "val_loss": value}
                 break
+            measures = watch.after(step, batch)
             if step % run.every_n_steps == 0:
-                yield line(batch_loss=sum(since) / len(since))
+                yield line(batch_loss=sum(since) / len(since), **watch.coarse(clock.seconds))
                 since = []
+            if measures:
+                yield line(**measures)
             due = step % len(loader) == 0 and step <= run.epochs * len(loader)
             while marks and clock.passed >= marks[0]:
                 marks, due = marks[1:], True
@@ -258,6 +281,9 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
             if evaluated < step:
                 last = losses()
                 yield line(**last)
+        interactions = watch.interactions()
+        if interactions:
+            yield line(**interactions)
     except (RuntimeError, ArithmeticError) as error:  # a decomposition that does not converge, and the like
         yield line(end="failed", error=f"{type(error).__name__}: {error}")
         return

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kfac_dist import KFACPreconditioner
+
 
 def nothing() -> None:
     """What most optimizers do between the forward and the backward."""
@@ -25,11 +27,13 @@ class Stepper:
         optimizers: they step one after the other.
         accumulate: called between the forward and the backward.
         precondition: called after the backward; it gets a closure that returns the loss of the same batch.
+        preconditioner: K-FAC, where that is what rewrites the gradient; for looking at it.
     """
 
     optimizers: Sequence[Optimizer]
     accumulate: Callable[[], None] = nothing
     precondition: Callable[[Callable[[], Tensor]], None] = unchanged
+    preconditioner: KFACPreconditioner | None = None
 
     def step(self, loss: Callable[[], Tensor], closure: Callable[[], Tensor]) -> Tensor:
         """One step.

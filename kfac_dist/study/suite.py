@@ -26,6 +26,7 @@ class Entry:
         data: makes the data module, the batch size included.
         loss: the metric that is compared, of those that the model logs.
         kfac: K-FAC's keywords that belong to the loss (likelihood, loss_reduction, class_dim).
+        dense: at most 20,000 covered parameters, and no layer mixes samples: the natural gradient can be had exactly.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Entry:
     data: Callable[[], InMemoryDataModule]
     loss: str = "pixel_loss"
     kfac: Mapping[str, Any] = field(default_factory=lambda: {"likelihood": "bernoulli"})
+    dense: bool = False
 
     @property
     def unit(self) -> str:
@@ -67,11 +69,13 @@ PROBLEMS: dict[str, Entry] = {
         data=partial(Digits, batch_size=64),
         kfac={"likelihood": "categorical"},
         loss="loss",
+        dense=True,
     ),
     # For trying things out, and for the tests: a step takes a millisecond.
     "tiny": Entry(
         title="CURVES autoencoder 784-12-4, 96 images",
         model=partial(Autoencoder, widths=(784, 12, 4)),
         data=partial(Curves, batch_size=32, train_samples=96, val_samples=32),
+        dense=True,
     ),
 }
