@@ -13,7 +13,7 @@ from rich.console import Console
 from kfac_dist.launch.train import PROGRAM
 from kfac_dist.study.plan import STAGES, Stage, StudyPlan
 from kfac_dist.study.readings import training_loss
-from kfac_dist.study.run import Line, Run
+from kfac_dist.study.run import Line, Run, check_device
 from kfac_dist.study.runner import calibrate, estimate, file_of, finished, read_lines, run_all
 
 MINUTE = 60.0
@@ -29,16 +29,20 @@ def main(argv: Sequence[str]) -> int:
         0; 1 where the plan does not fit into --budget. The parser exits with 2 where it does not understand.
     """
     arguments = list(argv)[1:]
-    parser = _parser()
+    parser = parser_of_studies()
     if arguments and not arguments[0].startswith("-"):
         arguments.insert(0, "--config")
-    options = parser.parse_args(arguments)
-    if not options.config:
+    if not any(each.partition("=")[0] in ("--config", "--help", "-h") for each in arguments):
         parser.error(f"name the study's file: {PROGRAM} study configs/study/quick.yaml")
+    options = parser.parse_args(arguments)
     if not 0 <= options.task < options.tasks:
         parser.error(f"--task {options.task} of --tasks {options.tasks}: it counts from 0")
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes} must be at least 1")
     try:
-        plan = parser.instantiate_classes(options).plan
+        plan = parser.instantiate(options).plan
+        if options.stage != "report":
+            check_device(plan.device)
     except ValueError as error:
         parser.error(str(error))
     name = Path(str(options.config[0])).stem
@@ -50,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> ArgumentParser:
+def parser_of_studies() -> ArgumentParser:
+    """What ``kfac-dist study`` understands."""
     parser = ArgumentParser(
         prog=f"{PROGRAM} study",
         description="Compare methods on problems: trials, fresh seeds, and a report. It goes on where it stopped.",

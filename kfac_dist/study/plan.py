@@ -13,7 +13,7 @@ from kfac_dist.coarse.base import StepSpace
 from kfac_dist.config import CORRECTIONS, check_number, check_positive_int
 from kfac_dist.study.methods import method
 from kfac_dist.study.protocol import Protocol
-from kfac_dist.study.run import Run
+from kfac_dist.study.run import Run, check_device_name
 from kfac_dist.study.runner import make_run
 from kfac_dist.study.search import trials
 from kfac_dist.study.suite import PROBLEMS
@@ -91,6 +91,7 @@ class StudyPlan:
         for name in chain(self.methods, *(budget.methods for budget in self.problems.values())):
             method(name)
         check_positive_int("threads", self.threads)
+        check_device_name(self.device)
         if self.clock == "cpu" and (self.threads > 1 or self.device != "cpu"):
             raise ValueError(
                 f"clock='cpu' with threads={self.threads}, device={self.device!r}: seconds of the CPU mislead there; "

@@ -54,9 +54,7 @@ class Protocol:
 
     def __post_init__(self) -> None:
         if TUNING_SEED in self.seeds or not self.seeds:
-            raise ValueError(
-                f"seeds={list(self.seeds)}: give at least one, and not {TUNING_SEED}, which the trials use"
-            )
+            raise ValueError(f"seeds={list(self.seeds)}: give at least one, but not {TUNING_SEED}, that of the trials")
 
     def evaluations(self) -> tuple[float, ...]:
         """Seconds at which the losses are evaluated: at equal distances, and at the marks."""

@@ -78,7 +78,7 @@ class Run:
             raise ValueError(f"problem={self.problem!r} is unknown; choose one of {', '.join(PROBLEMS)}")
         check_positive_int("every_n_steps", self.every_n_steps)
         check_positive_int("threads", self.threads)
-        check_device(self.device)
+        check_device_name(self.device)
         if self.measure_every:
             check_positive_int("measure_every", self.measure_every)
         if self.measure_every and not PROBLEMS[self.problem].dense:
@@ -96,6 +96,14 @@ class Run:
     def header(self) -> Line:
         """The run as JSON holds it."""
         return asdict(self) | {"settings": dict(self.settings), "marks": list(self.marks)}
+
+
+def check_device_name(name: str) -> None:
+    """Raise ValueError unless ``name`` is that of a device, here or elsewhere."""
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} is no device; name one such as 'cpu', 'cuda' or 'cuda:1'") from error
 
 
 def check_device(name: str) -> None:

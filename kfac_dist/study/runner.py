@@ -23,11 +23,14 @@ import torch
 from kfac_dist.config import check_positive_int
 from kfac_dist.study.in_memory import InMemoryDataModule
 from kfac_dist.study.methods import method
-from kfac_dist.study.run import Line, Run, train
+from kfac_dist.study.run import Line, Run, check_device, train
 from kfac_dist.study.suite import PROBLEMS
 
 START_SECONDS = 0.5
 """What a process takes before its run begins; for estimates only."""
+
+
+CALIBRATION_SECONDS = 2.0
 
 
 class RunFailedError(RuntimeError):
@@ -89,10 +92,13 @@ def run_all(
         timeout: seconds after which one run is given up.
 
     Raises:
+        ValueError: this machine has not the device of a run.
         RunFailedError: a run's process failed or took too long; those in flight are ended.
     """
     check_positive_int("processes", processes)
     waiting = [run for run in runs if not finished(run, folder)]
+    for device in {run.device for run in waiting}:
+        check_device(device)
     data = {name: PROBLEMS[name].data() for name in sorted({run.problem for run in waiting})}
     for module in data.values():
         module.setup("fit")  # loaded once; the processes get a copy
@@ -131,7 +137,7 @@ def failure(run: Run, exitcode: int | None, folder: Path, timeout: float) -> str
 def calibrate(problem: str, folder: Path, **where: Any) -> tuple[float, int, float]:
     """Seconds of a step of SGD, steps per epoch, and seconds of an evaluation of both splits: for estimates.
 
-    It runs for two seconds, always anew.
+    It runs for a moment, always anew.
 
     Args:
         problem: its name.
@@ -139,7 +145,9 @@ def calibrate(problem: str, folder: Path, **where: Any) -> tuple[float, int, flo
         **where: device, threads and clock of the run.
     """
     settings = {"lr": 1e-4, "momentum": 0.0}
-    run = Run(problem=problem, method="sgd", settings=settings, seconds=2.0, label="calibration", **where)
+    run = Run(
+        problem=problem, method="sgd", settings=settings, seconds=CALIBRATION_SECONDS, label="calibration", **where
+    )
     file_of(run, folder).unlink(missing_ok=True)
     run_all([run], folder, processes=1)
     lines = read_lines(file_of(run, folder))
