@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
@@ -78,13 +79,14 @@ def _run(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namesp
     os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the processes to come
     for method, reason in plan.left_out().items():
         console.print(f"{method} is left out: it {reason}")
-    minutes = _estimate(plan, folder, stages, options, console)
-    if options.budget is not None and minutes > options.budget:
-        console.print(
-            f"{minutes:.0f} minutes are more than --budget {options.budget:g}: take fewer seeds, methods or problems "
-            "(--plan.seeds '[0,1,2]'), more --processes, or a larger budget. Nothing was run."
-        )
-        return False
+    if options.tasks == 1 or options.estimate or options.budget is not None:
+        minutes = _estimate(plan, folder, stages, options, console)
+        if options.budget is not None and minutes > options.budget:
+            console.print(
+                f"{minutes:.0f} minutes are more than --budget {options.budget:g}: take fewer seeds, methods or "
+                "problems (--plan.seeds '[0,1,2]'), more --processes, or a larger budget. Nothing was run."
+            )
+            return False
     if options.estimate:
         return True
     began = time.monotonic()
@@ -104,7 +106,8 @@ def _run(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namesp
 def _estimate(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namespace, console: Console) -> float:
     """Minutes that are left, told per stage."""
     where = {"device": plan.device, "threads": plan.threads, "clock": plan.clock}
-    sgd = {problem: calibrate(problem, folder, **where) for problem in plan.problems}
+    with TemporaryDirectory() as elsewhere:
+        sgd = {problem: calibrate(problem, Path(elsewhere), **where) for problem in plan.problems}
     total = 0.0
     for stage in stages:
         runs = [

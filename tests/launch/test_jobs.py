@@ -14,6 +14,7 @@ from kfac_dist.launch.slurm import BODY, STARTERS, Slurm
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "launch" / "jobs").iterdir())
+TRAINING = [path for path in JOBS if path.stem in STARTERS]
 CLUSTER = sorted((ROOT / "tests" / "slurm").glob("*.sh"))
 
 
@@ -29,7 +30,7 @@ def shellcheck(*files: Path) -> None:
 
 
 def test_every_starter_has_its_job_script():
-    assert [path.name for path in JOBS] == sorted(f"{starter}.sbatch" for starter in STARTERS)
+    assert [path.name for path in JOBS] == sorted(f"{name}.sbatch" for name in (*STARTERS, "study"))
 
 
 def test_job_scripts_pass_shellcheck():
@@ -48,7 +49,7 @@ def test_generated_scripts_pass_shellcheck(starter, tmp_path):
     shellcheck(script)
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 def test_job_scripts_requeue_and_keep_their_log(path):
     head = path.read_text().split(BODY)[0]
     to = "B:" if path.stem == "mpirun" else ""
@@ -63,7 +64,7 @@ def test_job_scripts_requeue_and_keep_their_log(path):
     assert "--ntasks=" not in head  # Lightning asks for --ntasks-per-node
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 @pytest.mark.parametrize(
     ("variables", "arguments", "message"),
     [
@@ -79,3 +80,34 @@ def test_job_scripts_say_what_is_missing(path, variables, arguments, message, tm
     done = subprocess.run(["bash", str(path), *arguments], env=variables, capture_output=True, text=True, timeout=30)
     assert done.returncode != 0
     assert message in re.sub(r"^\S+: line \d+: ", "", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        ({}, "--stage tuning --processes 1 --task 0 --tasks 1 --budget 9"),
+        (
+            {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "16"},
+            "--stage tuning --processes 1 --task 3 --tasks 16 --budget 9",
+        ),
+    ],
+)
+def test_the_studys_script_hands_a_task_its_share(array, words, tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\necho "$@"\n')
+    python.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", **array}
+    command = ["bash", str(ROOT / "launch" / "jobs" / "study.sbatch"), "mine.yaml", "tuning", "--budget", "9"]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+    assert done.stdout.strip() == f"-m kfac_dist.launch study mine.yaml {words}", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [([], "file of the study is missing"), (["a.yaml"], "stage is missing")]
+)
+def test_the_studys_script_says_what_is_missing(arguments, message):
+    variables = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "1"}
+    command = ["bash", str(ROOT / "launch" / "jobs" / "study.sbatch"), *arguments]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert message in done.stderr

@@ -5,6 +5,7 @@ The jobs are submitted together, as the cluster has room for all of them, and lo
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from contextlib import redirect_stdout
@@ -33,6 +34,17 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 JOBS = Path(__file__).parents[2] / "launch" / "jobs"
 PACE = ["--trainer.callbacks+=tests.launch.problem.Pace", "--trainer.callbacks.seconds=1.0"]
 NODES = ["--nodes", "2", "--time", "10"]
+
+
+STUDY = """
+plan:
+  title: shared by two tasks
+  problems:
+    tiny: {epochs: 1}
+  methods: [sgd, adam]
+  trials: 2
+  tuning_epochs: 1
+"""
 
 
 class Cluster:
@@ -97,6 +109,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     for starter in STARTERS:
         name = f"dying {starter}"
         cluster.launch(name, "--starter", starter, run=cluster.fit(name, DYING), **{KILL: "1:2"})
+    folder = cluster.folder("study")
+    (folder / "tiny.yaml").write_text(STUDY)
+    with submission({"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}) as mark:
+        output = f"--output={folder}/slurm-%j.out"
+        words = [str(folder / "tiny.yaml"), "tuning", "--folder", str(folder / "runs")]
+        printed = slurm("sbatch", output, "--time=10", "--array=0-1", str(JOBS / "study.sbatch"), *words)
+        cluster.jobs["study"] = submitted(printed, folder, mark)
     interrupt(cluster)
     return cluster
 
@@ -165,3 +184,17 @@ def test_a_job_ends_when_a_rank_dies(cluster, starter):
     assert_ended_in_time(job.output, datetime.fromisoformat(job.field("EndTime")).timestamp())
     assert job.field("ExitCode") != "0:0"
     assert not cluster.weights(f"dying {starter}").exists()
+
+
+def test_the_tasks_of_an_array_share_a_studys_stage(cluster):
+    number, end = str(cluster.jobs["study"].number), time.monotonic() + 180
+    while not set(states := re.findall(r"\bJobState=(\S+)", slurm("scontrol", "show", "job", number))) <= ENDED:
+        assert time.monotonic() < end, states
+        time.sleep(0.3)
+    assert states == ["COMPLETED", "COMPLETED"]
+    files = sorted((cluster.root / "study" / "runs" / "tiny").rglob("*.jsonl"))
+    expected = [f"{name}/trial-{i}-seed-100" for name in ("adam", "sgd") for i in (0, 1)]
+    assert [f"{file.parent.name}/{file.stem}" for file in files] == expected
+    assert all('"end": "done"' in file.read_text() for file in files)
+    outputs = [file.read_text() for file in (cluster.root / "study").glob("slurm-*.out")]
+    assert sorted(text.count(": done") for text in outputs) == [2, 2]
