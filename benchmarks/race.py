@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds=arguments.seconds,
         marks=marks,
     )
-    names, missing = available(arguments.methods)
+    names, missing = available(arguments.problem, arguments.methods)
     for name, reason in missing.items():
         console.print(f"{method(name).title} is left out: it {reason}")
     tuning = [run for name in names for run in protocol.tuning(name)]
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_all(protocol.twin(best, curves.settings), folder, arguments.processes, told)
     curves = collect(protocol, folder)
     plot(curves, folder / "race.png", protocol.epochs, protocol.seconds)
-    left_out = available(list(METHODS))[1]
+    left_out = available(protocol.problem, list(METHODS))[1]
     arguments.output.write_text(page(curves, protocol, command(protocol), arguments.processes, left_out))
     console.print(f"written: {arguments.output} and {folder / 'race.png'}; {(time.monotonic() - began) / 60:.1f} min")
 

@@ -52,6 +52,11 @@ def check_small(layers: Sequence[Layer]) -> None:
         raise ValueError(f"{size} covered parameters: a dense Fisher is for at most {MAX_PARAMETERS}")
 
 
+def matrices(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Layer -> what ``param.grad`` holds, Theta-shaped, where every parameter has a gradient."""
+    return {layer.name: layer.gradient() for layer in layers}  # type: ignore[misc]
+
+
 class DenseFisher:
     """F = (1/B) sum u u^T from single samples' gradients, for given output gradients.
 

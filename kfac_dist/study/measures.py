@@ -12,15 +12,10 @@ import torch
 from torch import Tensor
 
 from kfac_dist import KFACPreconditioner
-from kfac_dist.layers import Layer, find_layers
+from kfac_dist.layers import find_layers
 from kfac_dist.metrics import PhaseTimer
-from kfac_dist.study.dense_fisher import DenseFisher, sampled_cotangents
+from kfac_dist.study.dense_fisher import DenseFisher, matrices, sampled_cotangents
 from kfac_dist.study.problem import Problem
-
-
-def matrices(layers: Sequence[Layer]) -> dict[str, Tensor]:
-    """Layer -> what ``param.grad`` holds, Theta-shaped, where every parameter has a gradient."""
-    return {layer.name: layer.gradient() for layer in layers}  # type: ignore[misc]
 
 
 class DirectionErrors:

@@ -19,6 +19,7 @@ from kfac_dist.coarse import coarse_spaces
 from kfac_dist.coarse.base import StepSpace
 from kfac_dist.config import CoarseConfig
 from kfac_dist.study.muon import FullPrecisionMuon
+from kfac_dist.study.natural_gradient import build_natural_gradient
 from kfac_dist.study.rivals import KFAC_PYTORCH, import_kfac_pytorch
 from kfac_dist.study.search import Range
 from kfac_dist.study.stepper import Stepper
@@ -41,6 +42,7 @@ class Method:
             estimate of a plan's time is made of it.
         ours: whether it is this package's.
         one_level: for two levels, the method without the coarse level.
+        dense_only: whether it is for problems that are ``dense`` only.
         missing: why it cannot run here, or None.
     """
 
@@ -51,6 +53,7 @@ class Method:
     cost: float = 1.0
     ours: bool = False
     one_level: str | None = None
+    dense_only: bool = False
     missing: Callable[[], str | None] = lambda: None
 
 
@@ -243,6 +246,14 @@ METHODS: dict[str, Method] = {
         fixed=MOMENTUM | {"factor_update_steps": 10, "inv_update_steps": 10},
         cost=8.0,
         missing=lambda: None if KFAC_PYTORCH.given() else KFAC_PYTORCH.cure,
+    ),
+    "natural_gradient": Method(
+        title="exact natural gradient",
+        build=build_natural_gradient,
+        space=ONE_LEVEL,
+        fixed=MOMENTUM,
+        cost=20.0,  # of a step on the small CNN
+        dense_only=True,
     ),
     "kfac": one_level("K-FAC, factored damping", cost=2.9),
     "kfac_input": one_level("K-FAC, input side only", cost=2.3, factor_sides="input"),

@@ -13,7 +13,7 @@ from kfac_dist.coarse.base import StepSpace
 from kfac_dist.config import CORRECTIONS, check_number, check_positive_int
 from kfac_dist.study.methods import method
 from kfac_dist.study.protocol import Protocol
-from kfac_dist.study.run import Run, check_device_name
+from kfac_dist.study.run import Run, check_device_name, obstacle
 from kfac_dist.study.runner import make_run
 from kfac_dist.study.search import trials
 from kfac_dist.study.suite import PROBLEMS
@@ -118,13 +118,17 @@ class StudyPlan:
     def methods_of(self, problem: str) -> tuple[str, ...]:
         """Those that can run here, each once, in the plan's order."""
         names = dict.fromkeys([*self.methods, *self.problems[problem].methods])
-        return tuple(name for name in names if method(name).missing() is None)
+        return tuple(name for name in names if obstacle(problem, name) is None)
 
     def left_out(self) -> dict[str, str]:
-        """Method -> why it cannot run here."""
-        names = chain(self.methods, *(budget.methods for budget in self.problems.values()))
-        reasons = {name: method(name).missing() for name in names}
-        return {name: reason for name, reason in reasons.items() if reason is not None}
+        """Method -> why it cannot run here, or not on every problem."""
+        reasons = {
+            name: obstacle(problem, name)
+            for problem, budget in self.problems.items()
+            for name in chain(self.methods, budget.methods)
+            if obstacle(problem, name) is not None
+        }
+        return {name: str(reason) for name, reason in reasons.items()}
 
     def runs(self, stage: Stage, folder: Path, *, assume: bool = False) -> list[Run]:
         """What a stage runs, given what the stages before have left in ``folder``.

@@ -30,6 +30,21 @@ from kfac_dist.study.suite import PROBLEMS
 
 EVALUATION_BATCH = 500
 Line = dict[str, Any]
+DENSE = (
+    f"a problem of at most {MAX_PARAMETERS} covered parameters, one of "
+    f"{', '.join(name for name, entry in PROBLEMS.items() if entry.dense)}"
+)
+"""What dense matrices can be formed for."""
+
+
+def obstacle(problem: str, name: str) -> str | None:
+    """Why the method cannot run on the problem here, or None.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    entry = method(name)
+    return f"needs {DENSE}" if entry.dense_only and not PROBLEMS[problem].dense else entry.missing()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +97,8 @@ class Run:
         if self.measure_every:
             check_positive_int("measure_every", self.measure_every)
         if self.measure_every and not PROBLEMS[self.problem].dense:
-            small = ", ".join(name for name, entry in PROBLEMS.items() if entry.dense)
             raise ValueError(
-                f"measure_every={self.measure_every} on problem={self.problem!r}, which has more than {MAX_PARAMETERS} "
-                f"covered parameters: set it to 0, or choose one of {small}"
+                f"measure_every={self.measure_every} on problem={self.problem!r}: set it to 0; it needs {DENSE}"
             )
         check_choice("clock", self.clock, ("wall", "cpu"))
         check_number("epochs", self.epochs, 0)
@@ -223,6 +236,8 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     its own (``measures``), and in one before the last (``interactions`` and ``layers``).
     """
     entry = PROBLEMS[run.problem]
+    if method(run.method).dense_only and not entry.dense:
+        raise ValueError(f"method={run.method!r} on problem={run.problem!r}: it {obstacle(run.problem, run.method)}")
     torch.manual_seed(run.seed)
     model = entry.model().to(run.device)
     logged = Logged(model)

@@ -23,7 +23,7 @@ import torch
 from kfac_dist.config import check_positive_int
 from kfac_dist.study.in_memory import InMemoryDataModule
 from kfac_dist.study.methods import method
-from kfac_dist.study.run import Line, Run, check_device, train
+from kfac_dist.study.run import Line, Run, check_device, obstacle, train
 from kfac_dist.study.suite import PROBLEMS
 
 START_SECONDS = 0.5
@@ -167,13 +167,13 @@ def estimate(runs: Sequence[Run], sgd: tuple[float, int, float], processes: int)
     return total / processes
 
 
-def available(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Which of the methods can run here, and for the others why not.
+def available(problem: str, names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Which of the methods can run on the problem here, and for the others why not.
 
     Raises:
         ValueError: a name that no method has.
     """
-    reasons = {name: method(name).missing() for name in names}
+    reasons = {name: obstacle(problem, name) for name in names}
     return [n for n in names if reasons[n] is None], {n: why for n, why in reasons.items() if why is not None}
 
 
