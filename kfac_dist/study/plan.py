@@ -153,7 +153,9 @@ class StudyPlan:
             if stage == "finals":
                 found += by_turns(protocol.finals(name, settings) for name, settings in known.items())
             elif stage == "twins":
-                found += by_turns(protocol.twin(name, known) for name in known if method(name).one_level in known)
+                # A method for which nothing was searched has no settings that its trials chose.
+                two_level = [name for name in known if method(name).one_level in known and method(name).space]
+                found += by_turns(protocol.twin(name, known) for name in two_level)
             else:
                 found += self.side_table(problem, known)
         return found
