@@ -250,9 +250,10 @@ METHODS: dict[str, Method] = {
     "natural_gradient": Method(
         title="exact natural gradient",
         build=build_natural_gradient,
-        space=ONE_LEVEL,
+        # The F of one batch has the rank of its samples, and nothing of the batches before: more damping than K-FAC.
+        space=ONE_LEVEL | {"damping": Range(0.1, 0.01, 3.0)},
         fixed=MOMENTUM,
-        cost=20.0,  # of a step on the small CNN
+        cost=8.0,  # in steps of the small CNN
         dense_only=True,
     ),
     "kfac": one_level("K-FAC, factored damping", cost=2.9),
