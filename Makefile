@@ -43,6 +43,8 @@ soak: $(STAMP)
 test: $(STAMP)
 	@command -v shellcheck >/dev/null || { $(APT) update && $(APT) install -y shellcheck >/dev/null; } || \
 	  echo "shellcheck is missing and could not be installed: the job scripts go unchecked"
+	@command -v chromium >/dev/null || { $(APT) update && $(APT) install -y --no-install-recommends chromium >/dev/null; } || \
+	  echo "chromium is missing and could not be installed: the study's report is not opened"
 	$(RUN) -m pytest -m 'not slurm' --durations=20 $(ARGS)
 
 # The cluster goes down however the tests end.

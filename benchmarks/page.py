@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+from kfac_dist.machine import machine as machine
 
 RESULTS = Path(__file__).with_name("results.md")
 TITLE = "# Measured\n\nWritten by `make bench`; every section says what was run, and where.\n"
-
-
-def machine() -> str:
-    """The processor, the system and the versions, for a section's first line."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    processor = found[1].strip() if found else platform.processor() or platform.machine()
-    system = f"{platform.system()} {platform.release()}"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    return f"{processor}, {os.cpu_count()} cores, {system}; {versions}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from kfac_dist.study.methods import method
 from kfac_dist.study.readings import Runs, after_epochs, after_seconds, median, seconds_to, training_loss
+from kfac_dist.study.report.conditions import quiet_words
+from kfac_dist.study.report.words import text
 from kfac_dist.study.run import Line
 from kfac_dist.study.suite import Entry
 
@@ -25,8 +27,6 @@ ADAM_SECONDS, WITHIN_SECONDS = 60.0, 20.0
 AFTER_EPOCHS, BELOW = 10, 0.08
 AHEAD = 0.10
 NOBODY = "nobody"
-QUIET = 0.95
-"""Least share of a core that a timed run has to get."""
 
 
 @dataclass
@@ -53,11 +53,6 @@ def best_two_level(curves: Curves) -> str | None:
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
-
-
-def text(value: float, digits: int = 4) -> str:
-    """A number, or a dash for what was not reached."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def spread(runs: Runs, value: Callable[..., float], *arguments: Any) -> str:
@@ -159,12 +154,7 @@ def two_level_targets(curves: Curves, protocol: Protocol) -> list[Target]:
 def quiet(curves: Curves) -> str:
     """Whether the timed runs had their core to themselves."""
     runs = [lines for name in curves.lines for lines in curves.lines[name]]
-    shares = sorted(lines[-1]["cpu_seconds"] / max(1e-9, lines[-1]["seconds"]) for lines in runs)
-    least, middle = (shares[0], statistics.median(shares)) if shares else (math.nan, math.nan)
-    said = f"Share of a core that the timed runs got: least {least:.2f}, median {middle:.2f}. "
-    if shares and least >= QUIET:
-        return said + "The machine was quiet."
-    return said + "**The machine was not quiet: take the seconds as rough.**"
+    return quiet_words(runs)
 
 
 def page(curves: Curves, protocol: Protocol, command: str, processes: int, left_out: Mapping[str, str]) -> str:

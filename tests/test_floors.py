@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "kfac_dist"
 
 # Bottom to top: files and folders of kfac_dist/ by name. "__init__" is the public face, kfac_dist/__init__.py.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "registry", "environment", "compat", "draws", "metrics", "roll_call", "balance"),
+    ("config", "registry", "environment", "compat", "draws", "metrics", "roll_call", "balance", "machine"),
     ("factors", "inverse", "assignment", "fused", "schedules", "restrict", "coarse_solver"),
     ("state", "coarse_state", "networks"),
     ("layers", "likelihoods", "comm", "costs"),

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from kfac_dist import __version__
 from kfac_dist.config import check_positive_int
+from kfac_dist.machine import machine
 from kfac_dist.study.in_memory import InMemoryDataModule
 from kfac_dist.study.methods import method
 from kfac_dist.study.run import Line, Run, check_device, obstacle, train
@@ -65,7 +67,8 @@ def execute(run: Run, data: InMemoryDataModule, path: Path) -> None:
     log.unlink(missing_ok=True)
     try:
         with path.open("w", buffering=1) as file:
-            file.write(json.dumps({"run": run.header(), "torch": torch.__version__}) + "\n")
+            header = {"run": run.header(), "torch": torch.__version__, "machine": machine(), "version": __version__}
+            file.write(json.dumps(header) + "\n")
             for line in train(run, data):
                 if "end" in line:
                     line["wall"] = time.perf_counter() - began

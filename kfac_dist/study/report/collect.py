@@ -1,0 +1,104 @@
+"""A study as its runs' files tell it: what is there so far, and what is still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kfac_dist.study.methods import method
+from kfac_dist.study.protocol import Protocol
+from kfac_dist.study.readings import Lines, training_loss
+from kfac_dist.study.report.study import Study
+from kfac_dist.study.run import Run
+from kfac_dist.study.runner import file_of, finished, read_lines
+from kfac_dist.study.suite import PROBLEMS, Entry
+
+Seeds = Mapping[int, Lines]
+"""Seed -> the lines of its run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """One method on one problem.
+
+    Attributes:
+        trials: the finished trials' losses by number; infinite where one diverged.
+        settings: what the trials chose; None: trials are missing.
+        finals: the finished runs with these settings.
+        twins: those of the one-level form at this method's settings.
+    """
+
+    trials: Mapping[int, float]
+    settings: Mapping[str, Any] | None
+    finals: Seeds
+    twins: Seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """One problem.
+
+    Attributes:
+        entry: the problem.
+        protocol: what every method got.
+        methods: all methods of the study by name, those without any run included.
+        side: the runs of the side table, each with its lines; none where it has not finished.
+        missing: runs that have not finished.
+    """
+
+    entry: Entry
+    protocol: Protocol
+    methods: Mapping[str, Found]
+    side: tuple[tuple[Run, Lines], ...]
+    missing: int
+
+    @property
+    def ran(self) -> dict[str, Found]:
+        """The methods with at least one run."""
+        return {name: found for name, found in self.methods.items() if found.finals}
+
+
+def read(runs: Iterable[Run], folder: Path) -> list[Lines]:
+    """The lines of each run; none for one that has not finished."""
+    return [read_lines(file_of(run, folder)) if finished(run, folder) else [] for run in runs]
+
+
+def by_seed(runs: Iterable[Run], folder: Path) -> dict[int, Lines]:
+    """The finished runs."""
+    runs = list(runs)
+    return {run.seed: lines for run, lines in zip(runs, read(runs, folder), strict=True) if lines}
+
+
+def find(name: str, protocol: Protocol, folder: Path, paired: bool) -> tuple[Found, int]:
+    """One method's part, and how many of its runs are missing; ``paired``: it has a one-level form in the study."""
+    trials = read(protocol.tuning(name), folder)
+    settings = protocol.chosen(name, folder)
+    finals = by_seed(protocol.finals(name, settings), folder) if settings is not None else {}
+    twins = by_seed(protocol.twin(name, folder), folder) if paired else {}
+    losses = {i: training_loss(lines) for i, lines in enumerate(trials) if lines}
+    missing = len(trials) - len(losses) + len(protocol.seeds) - len(finals)
+    missing += len(protocol.seeds) - len(twins) if paired else 0
+    return Found(trials=losses, settings=settings, finals=finals, twins=twins), missing
+
+
+def collect(study: Study, folder: Path) -> dict[str, Results]:
+    """Problem -> what was found, from the files in ``folder``."""
+    found = {}
+    for problem, protocol in study.protocols.items():
+        methods, missing = {}, 0
+        names = study.methods.get(problem, ())
+        for name in names:
+            methods[name], more = find(name, protocol, folder, method(name).one_level in names)
+            missing += more
+        side = study.side.get(problem, ())
+        lines = read(side, folder)
+        found[problem] = Results(
+            entry=PROBLEMS[problem],
+            protocol=protocol,
+            methods=methods,
+            side=tuple(zip(side, lines, strict=True)),
+            missing=missing + sum(not each for each in lines),
+        )
+    return found

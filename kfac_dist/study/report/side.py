@@ -1,0 +1,49 @@
+"""The side table: every coarse space and correction at fixed settings, one seed."""
+
+from __future__ import annotations
+
+import math
+
+from kfac_dist.study.intervals import ratio
+from kfac_dist.study.methods import method
+from kfac_dist.study.readings import Lines
+from kfac_dist.study.report.budgets import Budget, step_milliseconds
+from kfac_dist.study.report.collect import Results
+from kfac_dist.study.report.comparisons import family
+from kfac_dist.study.report.words import NEVER, loss, milliseconds, table
+from kfac_dist.study.run import Run
+
+FAMILY = {"paper": "the papers'", "ours": "ours", "scalar": "scalar", None: "-"}
+
+
+def side_table(results: Results) -> list[str]:
+    """The lowest loss first; the ratios are to the one-level run of the same list."""
+    if not results.side:
+        return []
+    bases = {run.method: (run, lines) for run, lines in results.side if family(run.method) is None}
+    rows = []
+    for run, lines in results.side:
+        form = method(run.method).one_level or ""
+        rows.append((_loss(run, lines), cells(results, run, lines, bases.get(form, (run, [])))))
+    head = ["space:correction", "whose", f"loss, {results.side[0][0].epochs} epochs", "over one level", "ms per step"]
+    head += ["step over one level's", "end"]
+    return table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])], names=2)
+
+
+def _loss(run: Run, lines: Lines) -> float:
+    return Budget(run.epochs).loss(lines) if lines else math.inf
+
+
+def cells(results: Results, run: Run, lines: Lines, base: tuple[Run, Lines]) -> list[str]:
+    """One row."""
+    words = [run.method if ":" in run.method else method(run.method).title, FAMILY[family(run.method)]]
+    if not lines:
+        return [*words, *([NEVER] * 4), "missing"]
+    step = step_milliseconds(lines, results.protocol)
+    value = _loss(run, lines)
+    against = costs = NEVER
+    if base[1] and base[0] is not run:
+        other = _loss(*base)
+        against = f"{ratio(value, other):.3g}".replace("inf", "∞")
+        costs = f"{ratio(step, step_milliseconds(base[1], results.protocol)):.3g}"
+    return [*words, loss(value), against, milliseconds(step), costs, lines[-1]["end"]]

@@ -1,0 +1,162 @@
+"""What the coarse level did, in words: composed from the intervals, never written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kfac_dist.study.intervals import FEWEST_SEEDS, MARGIN
+from kfac_dist.study.methods import method
+from kfac_dist.study.report.budgets import budgets
+from kfac_dist.study.report.collect import Results
+from kfac_dist.study.report.comparisons import (
+    FAMILIES,
+    OWN,
+    SAME,
+    Comparison,
+    against_one_level,
+    against_scalar,
+    family,
+    headline,
+)
+from kfac_dist.study.report.words import change, enumerated, loss, ratio_interval, share, table
+
+HEAD = (
+    "method",
+    "against",
+    "settings",
+    "after",
+    "its loss",
+    "the other's",
+    "ratio",
+    "seeds won",
+    "verdict",
+    "step cost",
+)
+SETTINGS = {OWN: "each its own", SAME: "the method's"}
+
+
+def row(found: Comparison) -> list[str]:
+    """One line of a table of comparisons."""
+    cells = [method(found.name).title, method(found.other).title, SETTINGS[found.settings], found.budget.words]
+    cells += [loss(value) for value in found.losses]
+    cells += [ratio_interval(found.ratio), share(found.won), f"**{found.ratio.verdict}**", ratio_interval(found.cost)]
+    return cells
+
+
+def comparisons(results: Results) -> list[str]:
+    """The table: each two-level method against its one-level form, and against the scalar baseline."""
+    found = [each for name in results.ran for each in against_one_level(results, name)]
+    found += [each for name in results.ran for each in against_scalar(results, name)]
+    return table(HEAD, [row(each) for each in found], names=4) if found else []
+
+
+def by_how_much(found: Comparison) -> str:
+    """The change and its interval: "4.0 % lower, between 9.0 % lower and 1.1 % higher, lower in 80 % of 5 seeds"."""
+    low, high = change(found.ratio.low), change(found.ratio.high)
+    between = f", between {low} and {high}" if low != high else ""
+    seeds = f"lower in {share(found.won)} of {found.ratio.count} seed{'s' * (found.ratio.count != 1)}"
+    return f"{change(found.ratio.middle)}{between}, {seeds}"
+
+
+def sentence(found: Comparison) -> str:
+    """One comparison in words."""
+    few = ", too few seeds for a verdict" if found.ratio.count < FEWEST_SEEDS else ""
+    return f"after {found.budget.words} **{found.ratio.verdict}**{few} (loss {by_how_much(found)})"
+
+
+def paragraph(results: Results) -> str:
+    """The verdict on one problem."""
+    name = headline(results)
+    if name is None:
+        return "No two-level method and its one-level form have runs here: no verdict."
+    found = against_one_level(results, name)
+    title, form = method(name).title, method(found[0].other).title if found else ""
+    if not found:
+        return f"{title} and its one-level form share no finished seed: no verdict."
+    parts = [f"The trials rank {title} best of the two-level methods; without its coarse level it is {form}.", ""]
+    for settings, words in (
+        (OWN, "Each at its own settings"),
+        (SAME, f"{form} at the settings of the two-level method"),
+    ):
+        some = [sentence(each) for each in found if each.settings == settings]
+        parts += [f"- {words}: {'; '.join(some)}."] if some else []
+    parts.append(f"- A step of it costs {ratio_interval(found[0].cost)} times one of {form}.")
+    scalar = scalar_words(results, name)
+    return "\n".join([*parts, *([f"- {scalar}"] if scalar else [])])
+
+
+def scalar_words(results: Results, name: str) -> str:
+    """Whether one coefficient for the whole net does as well as one per layer."""
+    found = against_scalar(results, name)
+    if not found:
+        return ""
+    parts = []
+    for each in found:
+        word = each.ratio.verdict
+        says = {
+            "helps": "a coefficient per layer is better",
+            "harms": "one for the whole net is better",
+            "does not help": "one for the whole net does as well: the scalar baseline explains what is gained",
+            "undecided": "it is undecided whether one for the whole net does as well",
+        }[word]
+        parts.append(f"after {each.budget.words} {says} (loss {by_how_much(each)})")
+    return f"Against {method(found[0].other).title}, each at its own settings: {'; '.join(parts)}."
+
+
+def cell(results: Results, kind: str, words: str) -> str:
+    """The verdict of one family's headline method at one budget, each form at its own settings."""
+    name = headline(results, kind)
+    found = against_one_level(results, name) if name else []
+    for each in found:
+        if each.settings == OWN and each.budget.words == words:
+            return f"**{each.ratio.verdict}**, {ratio_interval(each.ratio)} ({method(each.name).title})"
+    tried = any(family(run.method) == kind for run, _ in results.side)
+    return "only in the side table" if tried else "did not run"
+
+
+def overall(found: Mapping[str, Results]) -> list[str]:
+    """All problems at a glance: whose coarse space, per epoch and per second."""
+    rows = []
+    for results in found.values():
+        for words, kind in FAMILIES.items():
+            ends = ends_of(results)
+            rows.append(
+                [results.entry.title, words, *(cell(results, kind, e) if e else "no such budget" for e in ends)]
+            )
+    return table(("problem", "coarse spaces", "per epoch", "per second"), rows, names=4)
+
+
+def ends_of(results: Results) -> tuple[str | None, str | None]:
+    """The words of the budget in epochs and of the one in seconds."""
+    ends = {end.clock is None: end.words for end in budgets(results.protocol)}
+    return ends.get(True), ends.get(False)
+
+
+def summary(found: Mapping[str, Results]) -> str:
+    """One sentence over all problems: on how many the headline method helps, and on how many not."""
+    parts = []
+    for index, words in enumerate(("per epoch", "per second")):
+        verdicts: dict[str, int] = {}
+        for results in found.values():
+            name, end = headline(results), ends_of(results)[index]
+            for each in against_one_level(results, name) if name else []:
+                if each.settings == OWN and each.budget.words == end:
+                    verdicts[each.ratio.verdict] = verdicts.get(each.ratio.verdict, 0) + 1
+        if verdicts:
+            counted = enumerated([f"{word} on {count}" for word, count in verdicts.items()])
+            plainly = "" if "helps" in verdicts else " (nowhere is it ahead beyond the noise of the seeds)"
+            total = sum(verdicts.values())
+            parts.append(f"{words}, of {total} problem{'s' * (total != 1)}: {counted}{plainly}")
+    if not parts:
+        return "No two-level method has been compared with its one-level form yet."
+    return (
+        "The two-level method that the trials rank best, against the same method without its coarse level, each at its "
+        f"own tuned settings: {'; '.join(parts)}."
+    )
+
+
+RULE = (
+    f'"helps": the whole interval of the ratio (two levels / one level) is below 1. "harms": it is above 1. "does not '
+    f'help": it is above {1 - MARGIN:g}, so that any gain is below {MARGIN:.0%}. Otherwise, and with fewer than '
+    f'{FEWEST_SEEDS} seeds, "undecided".'
+)
