@@ -33,8 +33,9 @@ def told(folder: Path, rates: Rates, twins: Rates | None = None, protocol: Proto
     """
     for name, rate in rates.items():
         store_method(protocol, name, [made(each) for each in per_seed(rate, protocol)], folder)
+    chosen = {name: protocol.chosen(name, folder) or {} for name in rates}
     for name, rate in (twins or {}).items():
-        for run, each in zip(protocol.twin(name, folder), per_seed(rate, protocol), strict=False):
+        for run, each in zip(protocol.twin(name, chosen), per_seed(rate, protocol), strict=False):
             store(run, made(each), folder)
     return study(*rates, protocol=protocol, **changes)
 

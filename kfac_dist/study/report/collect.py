@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,34 +71,33 @@ def by_seed(runs: Iterable[Run], folder: Path) -> dict[int, Lines]:
     return {run.seed: lines for run, lines in zip(runs, read(runs, folder), strict=True) if lines}
 
 
-def find(name: str, protocol: Protocol, folder: Path, paired: bool) -> tuple[Found, int]:
-    """One method's part, and how many of its runs are missing; ``paired``: it has a one-level form in the study."""
-    trials = read(protocol.tuning(name), folder)
-    settings = protocol.chosen(name, folder)
-    finals = by_seed(protocol.finals(name, settings), folder) if settings is not None else {}
-    twins = by_seed(protocol.twin(name, folder), folder) if paired else {}
-    losses = {i: training_loss(lines) for i, lines in enumerate(trials) if lines}
-    missing = len(trials) - len(losses) + len(protocol.seeds) - len(finals)
-    missing += len(protocol.seeds) - len(twins) if paired else 0
-    return Found(trials=losses, settings=settings, finals=finals, twins=twins), missing
+def collect_problem(protocol: Protocol, names: Sequence[str], side: Sequence[Run], folder: Path) -> Results:
+    """One problem's part."""
+    chosen = {name: protocol.chosen(name, folder) for name in names}
+    known = {name: settings for name, settings in chosen.items() if settings is not None}
+    methods, missing = {}, 0
+    for name in names:
+        trials = read(protocol.tuning(name), folder)
+        losses = {i: training_loss(lines) for i, lines in enumerate(trials) if lines}
+        finals = by_seed(protocol.finals(name, known[name]), folder) if name in known else {}
+        form = method(name).one_level
+        twins = by_seed(protocol.twin(name, known), folder) if name in known and form in known else {}
+        missing += len(trials) - len(losses) + len(protocol.seeds) - len(finals)
+        missing += len(protocol.seeds) - len(twins) if form in names else 0
+        methods[name] = Found(trials=losses, settings=chosen[name], finals=finals, twins=twins)
+    lines = read(side, folder)
+    return Results(
+        entry=PROBLEMS[protocol.problem],
+        protocol=protocol,
+        methods=methods,
+        side=tuple(zip(side, lines, strict=True)),
+        missing=missing + sum(not each for each in lines),
+    )
 
 
 def collect(study: Study, folder: Path) -> dict[str, Results]:
     """Problem -> what was found, from the files in ``folder``."""
-    found = {}
-    for problem, protocol in study.protocols.items():
-        methods, missing = {}, 0
-        names = study.methods.get(problem, ())
-        for name in names:
-            methods[name], more = find(name, protocol, folder, method(name).one_level in names)
-            missing += more
-        side = study.side.get(problem, ())
-        lines = read(side, folder)
-        found[problem] = Results(
-            entry=PROBLEMS[problem],
-            protocol=protocol,
-            methods=methods,
-            side=tuple(zip(side, lines, strict=True)),
-            missing=missing + sum(not each for each in lines),
-        )
-    return found
+    return {
+        problem: collect_problem(protocol, study.methods.get(problem, ()), study.side.get(problem, ()), folder)
+        for problem, protocol in study.protocols.items()
+    }

@@ -86,15 +86,26 @@ def against_one_level(results: Results, name: str) -> list[Comparison]:
     if form is None or form not in results.methods:
         return []
     found = compare(results, name, form, OWN, mine, results.methods[form].finals)
+    if not method(name).space:  # nothing was chosen that the one-level form could take over
+        return found
     return found + compare(results, name, form, SAME, mine, results.methods[name].twins)
 
 
 def against_scalar(results: Results, name: str) -> list[Comparison]:
-    """A method with a coefficient per layer against its form with one for the whole net, where the study has it."""
+    """A method with a coefficient per layer against its form with one for the whole net, where the study has it.
+
+    Only where nothing else differs: the fine level, and what the trials searched.
+    """
     scalar = SCALAR.get(space_of(name) or "", "")
-    if scalar not in results.methods or method(name).fixed.get("factor_sides") is not None:
+    if scalar not in results.methods or not _differ_in_space_only(name, scalar):
         return []
     return compare(results, name, scalar, OWN, results.methods[name].finals, results.methods[scalar].finals)
+
+
+def _differ_in_space_only(name: str, other: str) -> bool:
+    one, two = method(name), method(other)
+    fixed = [{**each.fixed, "coarse_space": None, "coarse_correction": None} for each in (one, two)]
+    return fixed[0] == fixed[1] and one.space == two.space
 
 
 def headline(results: Results, kind: str | None = None) -> str | None:

@@ -75,9 +75,11 @@ def problem_words(results: Results) -> str:
         size = f" Batch {lines[1]['batch_size']}, {train:,} samples for training and {held_out:,} held out."
     runs = [lines for found in results.ran.values() for lines in found.finals.values()]
     quiet = f" {quiet_words(runs)}" if runs and protocol.clock == "wall" and protocol.seconds else ""
+    where = f"{protocol.threads} thread{'s' * (protocol.threads != 1)}, device {protocol.device}"
+    ends = enumerated([end.words for end in budgets(protocol)])
     return (
         f"Loss: {entry.unit}.{size} {protocol.trials} trials of {protocol.tuning_epochs} epochs per method, then "
-        f"{len(protocol.seeds)} seeds until {enumerated([end.words for end in budgets(protocol)])} are over.{quiet}"
+        f"{len(protocol.seeds)} seeds until {ends} are over; {where}.{quiet}"
     )
 
 

@@ -124,6 +124,9 @@ def heat_map(layers: Sequence[str], matrix: np.ndarray, title: str) -> Figure:
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10)
     image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1.0, vmax=1.0, interpolation="nearest")
+    for place in range(len(set(layers)), len(layers), len(set(layers))):  # the next vector of every layer
+        axes.axhline(place - 0.5, color="0.2", linewidth=1.0)
+        axes.axvline(place - 0.5, color="0.2", linewidth=1.0)
     every = -(-len(layers) // 40)
     places = list(range(len(layers)))[::every]
     axes.set_xticks(places, layers[::every], rotation=90, fontsize=8)

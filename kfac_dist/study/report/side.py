@@ -10,6 +10,7 @@ from kfac_dist.study.readings import Lines
 from kfac_dist.study.report.budgets import Budget, step_milliseconds
 from kfac_dist.study.report.collect import Results
 from kfac_dist.study.report.comparisons import family
+from kfac_dist.study.report.measures import middle
 from kfac_dist.study.report.words import NEVER, loss, milliseconds, table
 from kfac_dist.study.run import Run
 
@@ -26,7 +27,7 @@ def side_table(results: Results) -> list[str]:
         form = method(run.method).one_level or ""
         rows.append((_loss(run, lines), cells(results, run, lines, bases.get(form, (run, [])))))
     head = ["space:correction", "whose", f"loss, {results.side[0][0].epochs} epochs", "over one level", "ms per step"]
-    head += ["step over one level's", "end"]
+    head += ["step over one level's", "coarse gain", "coarse share", "end"]
     return table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])], names=2)
 
 
@@ -38,12 +39,13 @@ def cells(results: Results, run: Run, lines: Lines, base: tuple[Run, Lines]) -> 
     """One row."""
     words = [run.method if ":" in run.method else method(run.method).title, FAMILY[family(run.method)]]
     if not lines:
-        return [*words, *([NEVER] * 4), "missing"]
+        return [*words, *([NEVER] * 6), "missing"]
     step = step_milliseconds(lines, results.protocol)
     value = _loss(run, lines)
+    coarse = [middle({run.seed: lines}, "coarse", key) for key in ("decrease_ratio", "share")]
     against = costs = NEVER
     if base[1] and base[0] is not run:
         other = _loss(*base)
         against = f"{ratio(value, other):.3g}".replace("inf", "∞")
         costs = f"{ratio(step, step_milliseconds(base[1], results.protocol)):.3g}"
-    return [*words, loss(value), against, milliseconds(step), costs, lines[-1]["end"]]
+    return [*words, loss(value), against, milliseconds(step), costs, *coarse, lines[-1]["end"]]

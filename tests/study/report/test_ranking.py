@@ -81,20 +81,29 @@ def test_pairs_count_seeds(tmp_path: Path) -> None:
 
 
 def test_the_side_table_divides_by_one_level_at_the_same_settings(tmp_path: Path) -> None:
-    names = {ONE: made(1.0), "nicolaides:deflated": made(0.5, epoch_seconds=9.0), "pcg:additive": made(4.0)}
+    names = {ONE: made(1.0), "nicolaides:deflated": measured(2.0, 0.5, epoch_seconds=9.0), "pcg:additive": made(4.0)}
     runs = [make_run("tiny", name, {}, seed=0, label="side", epochs=10) for name in (*names, "krylov:additive")]
     for run in runs[:-1]:
         store(run, names[run.method], tmp_path)
     lines = side_table(collect(study(side={"tiny": tuple(runs)}), tmp_path)["tiny"])
-    assert cells(lines, "pcg:additive")[1:] == ["ours", "0.0244", "0.268", "333", "1", "done"]
-    assert cells(lines, KFAC)[1:] == ["-", "0.0909", "-", "333", "-", "done"]
-    assert cells(lines, "nicolaides:deflated")[1:] == ["the papers'", "0.1667", "1.83", "500", "1.5", "done"]
-    assert cells(lines, "krylov:additive")[2:] == ["-", "-", "-", "-", "missing"]
+    assert cells(lines, "pcg:additive")[1:] == ["ours", "0.0244", "0.268", "333", "1", "-", "-", "done"]
+    assert cells(lines, KFAC)[1:] == ["-", "0.0909", "-", "333", "-", "-", "-", "done"]
+    assert cells(lines, "nicolaides:deflated")[1:] == [
+        "the papers'",
+        "0.1667",
+        "1.83",
+        "500",
+        "1.5",
+        "2",
+        "0.125",
+        "done",
+    ]
+    assert cells(lines, "krylov:additive")[2:] == [*["-"] * 6, "missing"]
     assert [line.split("|")[1].strip() for line in lines[3:6]] == ["pcg:additive", KFAC, "nicolaides:deflated"]
 
 
-def measured(factor: float) -> list[dict]:
-    lines = made(1.0)
+def measured(factor: float, rate: float = 1.0, **clock: float) -> list[dict]:
+    lines = made(rate, **clock)
     for step in (6, 12):
         where = {"epoch": step / 18, "step": step, "seconds": 1.0, "cpu_seconds": 1.0}
         errors = {"error": factor * step, "error_free": 0.5, "error_one_level": 9.0, "error_free_one_level": 0.75}
