@@ -15,10 +15,19 @@ from benchmarks.steps.problems import Sizes, autoencoder
 from benchmarks.steps.processes import on_ranks
 from benchmarks.steps.runs import ONE_LEVEL, OurRun, PeerRun, Run
 from benchmarks.steps.timing import Schedule, Times, measure, ratio
+from kfac_dist import DistributionConfig
 
 RANKS, TARGET = 2, 0.6
 STRATEGIES = {"comm_opt": 1.0, "mem_opt": 0.0}
 """Strategy -> kfac-pytorch's fraction of gradient workers."""
+OWN_AVERAGE = {"preconditioning": "samples", "distribution": DistributionConfig(average_gradients=True)}
+OURS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "comm_opt": ("comm_opt", {"distribution": "comm_opt"}, True),
+    # Instead of gradients it averages directions, and has to do so by itself.
+    "comm_opt, samples route": ("comm_opt", OWN_AVERAGE, False),
+    "mem_opt": ("mem_opt", {"distribution": "mem_opt"}, True),
+}
+"""Row -> strategy of the rival, further settings, and whether DistributedDataParallel averages the gradients."""
 
 
 def measured(rank: int, sizes: Sizes, rounds: int, clone: Path | None) -> dict[str, Any]:
@@ -26,9 +35,8 @@ def measured(rank: int, sizes: Sizes, rounds: int, clone: Path | None) -> dict[s
     half = sizes.batch // RANKS
     problem = autoencoder(sizes, half, rank * half)
     timed: list[Run] = [Run("SGD", problem, parallel=True)]
-    for strategy in STRATEGIES:
-        settings = {**ONE_LEVEL, "distribution": strategy}
-        timed.append(OurRun(f"one level, {strategy}", problem, settings, parallel=True))
+    for name, (_, further, parallel) in OURS.items():
+        timed.append(OurRun(f"one level, {name}", problem, {**ONE_LEVEL, **further}, parallel=parallel))
     if clone:
         preconditioner = kfac_pytorch.load(clone)
         for strategy, fraction in STRATEGIES.items():
@@ -60,15 +68,15 @@ def section(sizes: Sizes, rounds: int, clone: Path | None) -> str:
         if name != "SGD":
             rows += [[*timings(name, times, every), shown(ratio(times[name], times["SGD"], every))] for every in CYCLES]
     against = []
-    for strategy in STRATEGIES:
-        own = times[f"one level, {strategy}"]
+    for name, (strategy, _, _) in OURS.items():
+        own = times[f"one level, {name}"]
         for every in CYCLES:
             rivals = {m: times.get(f"kfac-pytorch, {m}, {strategy}") for m in kfac_pytorch.METHODS}
             overs = {m: ratio(own, each, every) for m, each in rivals.items() if each}
             for method, over in overs.items():
-                against.append([strategy, str(every), method, shown(over), f"{TARGET}", verdict(over.median, TARGET)])
+                against.append([name, str(every), method, shown(over), f"{TARGET}", verdict(over.median, TARGET)])
             if not overs:
-                against.append([strategy, str(every), "", "not measured", f"{TARGET}", ""])
+                against.append([name, str(every), "", "not measured", f"{TARGET}", ""])
     return "\n".join(
         [
             f"MNIST autoencoder under DistributedDataParallel, {RANKS} gloo ranks with one thread and "
