@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.compat import GradientEdge, gradient_edge, in_backward
+from kfac_dist.compat import GradientEdge, gradient_edge, in_backward, uncompiled
 from kfac_dist.layers import Layer, Part
 from kfac_dist.layers.watch import Split, silenced
 
@@ -103,16 +104,16 @@ class Capture:
     # makes one) then calls them with its own modules, and they ignore it.
 
     def _output_pre_hook(self, output_module: nn.Module) -> Callable[..., None]:
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: tuple) -> None:
+        @uncompiled
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if module is output_module and not silenced():
                 self._running.append(len(self.outputs))
 
         return hook
 
     def _output_hook(self, output_module: nn.Module) -> Callable[..., None]:
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
+        @uncompiled
+        def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if module is not output_module or not self._running or silenced():
                 return
             # DDP calls the root of a LightningModule around its training_step, which calls it again: the inner call

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,14 @@ def is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+def uncompiled(function: Called) -> Called:
+    """A decorator: torch.compile leaves ``function`` alone, with its type as it is (torch's own has none)."""
+    return cast(Called, torch.compiler.disable(function))
+
+
 def open_compiled_code() -> Callable[[], None]:
     """Make compiled code fit for capture: its graphs may go backward twice, and hooks that come now are seen.
 
@@ -114,7 +122,8 @@ def gradient_edge(tensor: Tensor) -> GradientEdge:
 
 def current_function_mode() -> TorchFunctionMode | None:
     """The innermost mode that is entered in this thread."""
-    return torch.overrides._get_current_function_mode()
+    mode: TorchFunctionMode | None = torch.overrides._get_current_function_mode()
+    return mode
 
 
 def attention_with(linear: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -130,7 +139,8 @@ def attention_with(linear: Callable[..., Tensor]) -> Callable[..., tuple[Tensor,
             copied = FunctionType(function.__code__, names, name, function.__defaults__, function.__closure__)
             copied.__kwdefaults__ = function.__kwdefaults__
             names[name] = copied
-    return names["multi_head_attention_forward"]
+    attend: Callable[..., tuple[Tensor, Tensor | None]] = names["multi_head_attention_forward"]
+    return attend
 
 
 class _FullFloat32:

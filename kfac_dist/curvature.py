@@ -114,7 +114,7 @@ def reduce_statistics(
     for layer in layers:
         for side, shape in factor_shapes(layer, sides).items():
             sizes[layer.name, side] = packed_words(shape)
-    buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
+    buffer = FusedBuffer(sizes, dtype, layers[0].device)
     if health.statistics:
         for side in sides:
             for name, moment in statistics.sums(side).items():
@@ -206,7 +206,7 @@ class InverseExchange:
         for layer in layers:
             for side, shape in shapes[layer.name].items():
                 sizes[layer.name, side] = self._words(shape)
-        buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
+        buffer = FusedBuffer(sizes, dtype, layers[0].device)
         own: list[Outcome] = []
         places = [(layer, side) for layer in layers for side in shapes[layer.name]]
         for place, (layer, side) in enumerate(places):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -73,8 +73,9 @@ class Fine:
         """F v + lam_c v; (1/B) U (U^T v), in one fused all-reduce of the parameters' size and the sample count."""
         like = next(iter(vectors.values()))
         local = self._samples.combine(self._samples.along(vectors), self.shapes)
-        sizes: dict[str, int] = {name: v.numel() for name, v in vectors.items()} | {"": 1}
-        buffer = FusedBuffer(sizes, like.dtype, like.device)  # type: ignore[arg-type]
+        sizes: dict[Hashable, int] = {name: v.numel() for name, v in vectors.items()}
+        sizes[""] = 1
+        buffer = FusedBuffer(sizes, like.dtype, like.device)
         for name, part in local.items():
             buffer[name].copy_(part.reshape(-1))
         buffer[""].fill_(self._samples.valid)
@@ -112,7 +113,7 @@ class Fine:
         for name, (groups, d_out, d_in) in self.shapes.items():
             sizes[name] = counts[name] * groups * (d_out + d_in)
         like = next(iter(self.gradients.values()))
-        buffer = FusedBuffer(sizes, like.dtype, like.device)  # type: ignore[arg-type]
+        buffer = FusedBuffer(sizes, like.dtype, like.device)
         for name in self.shapes:
             if self._assignment.owner[name, "A"] == self._communicator.rank:
                 try:

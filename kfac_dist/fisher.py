@@ -36,7 +36,7 @@ def module_named(model: nn.Module, output_module: str | nn.Module | None) -> nn.
         return model
     if isinstance(output_module, nn.Module):
         return output_module
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if output_module not in modules:
         raise ValueError(f"output_module={output_module!r} is no module of the model; there are: {known(model)}")
     return modules[output_module]

@@ -248,7 +248,7 @@ class EigenPreconditioner:
             return values_a + damping
         if self.pi is None:
             return self.locations * values_g * values_a + damping
-        shift = (damping / self.locations) ** 0.5
+        shift: float = (damping / self.locations) ** 0.5
         pi = self.pi[:, None, None]
         return self.locations * (values_g + shift / pi) * (values_a + shift * pi)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class PhaseTimer:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._spans: dict[str, list[tuple]] = {}
+        self._spans: dict[str, list[tuple[Any, ...]]] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:

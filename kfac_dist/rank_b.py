@@ -209,7 +209,7 @@ class RankB:
         shapes = {name: layer.shape for name, layer in self.served.items()}
         sizes: dict[object, int] = {name: shape[0] * shape[1] * shape[2] for name, shape in shapes.items()}
         sizes[self] = len(names)
-        buffer = FusedBuffer(sizes, self._dtype, self.parameters[0].device)  # type: ignore[arg-type]
+        buffer = FusedBuffer(sizes, self._dtype, self.parameters[0].device)
         buffer[self].copy_(torch.tensor([float(name in local) for name in names], dtype=self._dtype))
         for name, direction in local.items():
             buffer[name].copy_(direction.reshape(-1))

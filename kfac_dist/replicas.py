@@ -24,7 +24,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], communicator: Communic
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     sizes: dict[object, int] = {"present": len(parameters)}
     sizes.update({index: parameter.numel() for index, parameter in enumerate(parameters)})
-    buffer = FusedBuffer(sizes, dtype, parameters[0].device)  # type: ignore[arg-type]
+    buffer = FusedBuffer(sizes, dtype, parameters[0].device)
     present = torch.tensor([float(parameter.grad is not None) for parameter in parameters], dtype=dtype)
     buffer["present"].copy_(present)
     for index, parameter in enumerate(parameters):

@@ -53,4 +53,5 @@ def orthonormal_coefficients(gram: Tensor, eps: float) -> Tensor:
 
 def block_diagonal(blocks: Tensor) -> Tensor:
     """(n, k, k) as one (n k, n k) matrix."""
-    return torch.block_diag(*blocks.unbind())
+    dense: Tensor = torch.block_diag(*blocks.unbind())
+    return dense

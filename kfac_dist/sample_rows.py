@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
         return output.data  # neither an input itself nor a view of one: in-place activations may follow
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         ctx.delivery.x, ctx.delivery.g = x, g
         at_input = (g @ weight.to(g.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
@@ -76,7 +76,7 @@ class LayerRows:
     def _after(self) -> Callable[..., Tensor | None]:
         parameters = self.layer.parameters
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
             if torch.compiler.is_compiling() or module is not self.layer.module or silenced():
                 return None
             same = all(mine is now for mine, now in zip(parameters, self.layer.parameters, strict=True))
@@ -88,15 +88,18 @@ class LayerRows:
             delivery = _Delivery()
             leaf = output.new_zeros((), requires_grad=True)
             leaf.register_hook(lambda _: self._add(delivery.x, delivery.g))
-            return _Linear.apply(x, leaf, output.detach(), [self.layer.weight], delivery)
+            given: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+                x, leaf, output.detach(), [self.layer.weight], delivery
+            )
+            return given
 
         return hook
 
     def _before_dense(self) -> Callable[[Tensor], None]:
-        @torch.utils.hooks.unserializable_hook
         def hook(gradient: Tensor) -> None:
             self.fold()
 
+        torch.utils.hooks.unserializable_hook(hook)  # it marks the function itself
         return hook
 
     # -- rows -----------------------------------------------------------------------------------------------------

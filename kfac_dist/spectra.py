@@ -66,7 +66,7 @@ class Spectrum:
         G = self.G[:, end]
         if self.pi is None:
             return self.locations * A * G + damping
-        shift = (damping / self.locations) ** 0.5
+        shift: float = (damping / self.locations) ** 0.5
         return self.locations * (A + shift * self.pi) * (G + shift / self.pi)
 
 
@@ -121,5 +121,7 @@ def _eigenvalues(factor: Tensor, held: object, shape: FactorShape) -> Tensor:
 
 def _eigvalsh(factor: Tensor) -> Tensor:
     """In the factor's type, which can overflow where many inputs are always zero, else in float64."""
-    values = torch.linalg.eigvalsh(factor)
-    return values if bool(values.isfinite().all()) else torch.linalg.eigvalsh(factor.double())
+    values: Tensor = torch.linalg.eigvalsh(factor)
+    if not bool(values.isfinite().all()):
+        values = torch.linalg.eigvalsh(factor.double())
+    return values

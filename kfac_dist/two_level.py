@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kfac_dist.basis import Basis
-from kfac_dist.coarse import CoarseSpace, inner
+from kfac_dist.coarse import CoarseSpace, Vector, inner
 from kfac_dist.coarse_solver import CoarseOperator, CoarseSystem, Status, factorise
 from kfac_dist.coarse_state import saved_coefficients, saved_momentum
 from kfac_dist.comm import Communicator
@@ -202,7 +202,7 @@ class TwoLevel:
         """U^T V of the raw vectors, (n, k, columns); the momentum's rows are combinations of the last ones."""
         source, names, momentum_rows = self._rows or (None, [], None)
         known = source is samples and names == basis.names and basis.count == 2
-        vectors: dict[str, Sequence] = {n: each[:1] if known else each for n, each in basis.vectors.items()}
+        vectors: dict[str, Sequence[Vector]] = {n: each[:1] if known else each for n, each in basis.vectors.items()}
         projected = samples.project(vectors, basis.like)
         rows = basis.stack_rows(projected)
         if known and momentum_rows is not None:

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from kfac_dist.clip import kl_clip_scale, learning_rates
 from kfac_dist.coarse import inner
 from kfac_dist.comm import Communicator
+from kfac_dist.correction import Correction
 from kfac_dist.layers import Layer
 from kfac_dist.metrics import MetricValue
 from kfac_dist.samples import Samples
 from kfac_dist.trust import trial_losses
-from kfac_dist.two_level import Correction
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Update:
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(tensors))).norm()
+    norms: tuple[Tensor, ...] = torch._foreach_norm(list(tensors))
+    norm: Tensor = torch.stack(norms).norm()
+    return norm
 
 
 def _products(

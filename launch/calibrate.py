@@ -58,7 +58,7 @@ def measure_collectives(ranks: int = 2) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         answer = str(Path(folder, "answer"))
         arguments = (ranks, str(Path(folder, "store")), torch.get_num_threads(), answer)
-        mp.start_processes(_all_reduces, arguments, nprocs=ranks, start_method="spawn")  # type: ignore[no-untyped-call]
+        mp.start_processes(_all_reduces, arguments, nprocs=ranks, start_method="spawn")
         small, large = map(float, Path(answer).read_text(encoding="utf-8").split())
     hops = 2 * (ranks - 1).bit_length()
     share = 2 * (ranks - 1) / ranks * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kfac_dist.coarse.base import CoarseSpace, FineLevel, Vector, coarse_spaces
 
@@ -19,7 +20,7 @@ class Spectral(CoarseSpace):
     variable_count = True
     needs_output_factor = True
 
-    _seen: tuple[tuple, Mapping[str, Sequence[Vector]]] | None = None
+    _seen: tuple[tuple[Any, ...], Mapping[str, Sequence[Vector]]] | None = None
 
     def vectors(self, fine: FineLevel) -> Mapping[str, Sequence[Vector]]:
         """See :meth:`CoarseSpace.vectors`."""

@@ -238,7 +238,7 @@ class TorchCommunicator:
         return child
 
     def _new_subgroup(self, members: list[int], apart: bool) -> dist.ProcessGroup:
-        return self._guard(
+        group: dist.ProcessGroup = self._guard(
             "new_group",
             "setup",
             lambda: dist.new_group(
@@ -248,6 +248,7 @@ class TorchCommunicator:
                 use_local_synchronization=apart,
             ),
         )
+        return group
 
     def close(self) -> None:
         """Destroy the groups that were made here, sub-groups first; idempotent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -42,7 +43,7 @@ class FoundLayers:
     skipped: dict[str, str] = field(default_factory=dict)
     reduced: dict[str, str] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator:
+    def __iter__(self) -> Iterator[Any]:
         return iter((self.layers, self.refused))
 
 

@@ -13,13 +13,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from kfac_dist.compat import attention_with, current_function_mode
+from kfac_dist.compat import attention_with, current_function_mode, uncompiled
 from kfac_dist.config import LayerOptions
 from kfac_dist.layers.base import layers
 from kfac_dist.layers.linear_map import MapOfSeveral
@@ -114,10 +113,10 @@ class AttentionLayer(MapOfSeveral):
             mode: _Recording | None = getattr(running, "mode", None)
             running.mode = None
             if mode is not None and mode is current_function_mode():
-                mode.__exit__(None, None, None)
+                mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-        @torch.compiler.disable
-        def begin(module: nn.Module, args: tuple) -> None:
+        @uncompiled
+        def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
             if module is not attention:
                 return
             leave()  # what an interrupt by the keyboard left behind
@@ -125,8 +124,8 @@ class AttentionLayer(MapOfSeveral):
                 running.mode = _Recording(maps, record)  # type: ignore[arg-type]
                 running.mode.__enter__()
 
-        @torch.compiler.disable
-        def end(module: nn.Module, args: tuple, output: object) -> None:
+        @uncompiled
+        def end(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
             if module is attention:
                 leave()
 
@@ -145,11 +144,13 @@ class _Recording(TorchFunctionMode):
         self._maps = maps
         self._record = record
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         attend = func is F.multi_head_attention_forward
         return (self._attend if attend else func)(*args, **(kwargs or {}))
 
-    @torch.compiler.disable
+    @uncompiled
     def _attend(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         samples = query.shape[1] if query.dim() == 3 else 1
         return attention_with(self._linear(samples))(query, *args, **kwargs)

@@ -61,7 +61,8 @@ class Patches:
         autocorrelation = height * width * rows * (2 * columns - 1)
         border = (width + columns - 1) * sum((n * columns) ** 2 for n in (*vertical[0], *vertical[1]))
         border += self.locations[0] * sum((n * rows) ** 2 for n in (*horizontal[0], *horizontal[1]))
-        return 2 * (autocorrelation + border) < self.locations[0] * self.locations[1] * (rows * columns) ** 2
+        pays: bool = 2 * (autocorrelation + border) < self.locations[0] * self.locations[1] * (rows * columns) ** 2
+        return pays
 
     def moment(self) -> Tensor:
         """Sum of p p^T over the patches p, (C K_h K_w, C K_h K_w) in the order of ``F.unfold``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,18 +54,20 @@ class ConvTransposeLayer(Convolution):
 
     def weight_to_matrix(self, weight: Tensor) -> Tensor:
         """(C_in, C_out / groups, *kernel) as (groups, C_out / groups, C_in / groups * kernel)."""
-        return weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(2)
+        blocks: Tensor = weight.unflatten(0, (self.groups, -1))
+        return blocks.transpose(1, 2).flatten(2)
 
     def matrix_to_weight(self, matrix: Tensor) -> Tensor:
         """See :meth:`Layer.matrix_to_weight`."""
-        return matrix.unflatten(2, (-1, *self.module.kernel_size)).transpose(1, 2).flatten(0, 1)
+        blocks: Tensor = matrix.unflatten(2, (-1, *self.module.kernel_size))
+        return blocks.transpose(1, 2).flatten(0, 1)
 
     def input_rows(self, x: Tensor) -> Tensor:
         """(B, C_in, *size) as patches of the stretched map, (groups, B T, C_in / groups * kernel)."""
         conv, x = self.module, self.batched(x)
         size = [(length - 1) * stride + 1 for length, stride in zip(x.shape[2:], conv.stride, strict=True)]
         stretched = x.new_zeros(*x.shape[:2], *size)
-        places: tuple = (..., *(slice(None, None, stride) for stride in conv.stride))
+        places: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in conv.stride))
         stretched[places] = x
         sides: list[int] = []  # from the last dimension to the first; below zero they cut off
         for axis in reversed(range(self.dimensions)):

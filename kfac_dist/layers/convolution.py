@@ -49,7 +49,7 @@ class Convolution(Layer):
         The windows are views; the one copy is made where they become rows.
         """
         conv, n = self.module, self.dimensions
-        cut = x.unflatten(1, (self.groups, -1))
+        cut: Tensor = x.unflatten(1, (self.groups, -1))
         for axis, (kernel, step, dilation) in enumerate(zip(conv.kernel_size, stride, conv.dilation, strict=True)):
             cut = cut.unfold(3 + axis, dilation * (kernel - 1) + 1, step)[..., ::dilation]
         rows = cut.permute(1, 0, *range(3, 3 + n), 2, *range(3 + n, 3 + 2 * n))
@@ -59,7 +59,7 @@ class Convolution(Layer):
 
     def output_rows(self, g: Tensor) -> Tensor:
         """(B, C_out, *size) as (groups, B T, C_out / groups), channel by channel in memory: products are faster so."""
-        channels = self.batched(g).flatten(2).unflatten(1, (self.groups, -1))
+        channels: Tensor = self.batched(g).flatten(2).unflatten(1, (self.groups, -1))
         return channels.permute(1, 2, 0, 3).flatten(2).mT
 
     def parameters_of(self, theta: Tensor) -> tuple[Tensor, Tensor | None]:

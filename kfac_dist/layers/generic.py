@@ -10,11 +10,13 @@ import copy
 import inspect
 import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kfac_dist.compat import uncompiled
 from kfac_dist.factors import FactorShape
 from kfac_dist.layers.base import layers
 from kfac_dist.layers.joint import JointLayer
@@ -88,8 +90,8 @@ class GenericLayer(JointLayer):
     def watch(self, record: Record) -> list[RemovableHandle]:
         """See :meth:`Layer.watch`."""
 
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        @uncompiled
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
             if module is not self.module or silenced() or self.trouble is not None or not record.wanted([self.name]):
                 return
             inputs = [value for value in (*args, *kwargs.values()) if value is not None]
@@ -103,7 +105,7 @@ class GenericLayer(JointLayer):
 
         return [self.module.register_forward_hook(hook, with_kwargs=True)]
 
-    def _trouble(self, inputs: list, output: object) -> str | None:
+    def _trouble(self, inputs: list[Any], output: object) -> str | None:
         """Why a call like this one cannot be treated; None where its first samples, repeated alone, give its output."""
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
             return f"it was called with {', '.join(type(value).__name__ for value in inputs)}, not with one tensor"

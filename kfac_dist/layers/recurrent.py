@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
+from kfac_dist.compat import uncompiled
 from kfac_dist.config import LayerOptions
 from kfac_dist.layers.base import layers
 from kfac_dist.layers.linear_map import MapOfSeveral
@@ -80,8 +80,8 @@ class RecurrentLayer(MapOfSeveral):
         recurrent, maps = self.module, cast(Sequence[RecurrentLayer], self.siblings)
         names = [one.name for one in maps]
 
-        @torch.compiler.disable
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        @uncompiled
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if module is not recurrent or not record.wanted(names):
                 return None
             given = dict(zip(("input", "hx"), args, strict=False)) | kwargs

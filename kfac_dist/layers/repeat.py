@@ -47,7 +47,8 @@ class Repetition:
 
         def output(varied: dict[str, Tensor]) -> Tensor:
             with silence(), sdpa_kernel(SDPBackend.MATH), torch.autocast(x.device.type, enabled=False):
-                return functional_call(self.module, {**self.values, **buffers, **varied}, (given,))
+                out: Tensor = functional_call(self.module, {**self.values, **buffers, **varied}, (given,))
+            return out
 
         return output
 
@@ -86,7 +87,8 @@ class Repetition:
         """J v for the whole batch, shaped like the output."""
         function = self._function(x)
         if self.forward_mode:
-            return jvp(function, (self._varied(),), (dict(direction),))[1]
+            along: Tensor = jvp(function, (self._varied(),), (dict(direction),))[1]
+            return along
         with torch.enable_grad():  # J^T w is linear in w, and J v is the derivative of its product with v
             varied = {name: value.detach().requires_grad_() for name, value in self._varied().items()}
             out = function(varied)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kfac_dist.compat import uncompiled
+
 if TYPE_CHECKING:
     from kfac_dist.layers.base import Layer
 
@@ -72,7 +74,8 @@ class _OneNode(torch.autograd.Function):
 
 def of_one_node(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Copies of ``tensors`` whose gradients arrive together, at one node of the graph."""
-    return _OneNode.apply(*tensors)
+    copies: tuple[Tensor, ...] = _OneNode.apply(*tensors)  # type: ignore[no-untyped-call]
+    return copies
 
 
 def watch_calls(
@@ -91,8 +94,8 @@ def watch_calls(
     """
     made = part or (lambda x, g: Part(layer, x, g))
 
-    @torch.compiler.disable
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    @uncompiled
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if module is not layer.module or not record.wanted([layer.name]):
             return
         x = prepare(args[0] if args else next(iter(kwargs.values())))

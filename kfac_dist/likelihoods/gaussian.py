@@ -22,7 +22,8 @@ class Gaussian(Likelihood):
 
     def sampled_cotangent(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Minus a standard normal number: f - y."""
-        return -torch.special.ndtri(uniforms).view(logits.shape).to(logits.dtype)
+        normal: Tensor = torch.special.ndtri(uniforms)
+        return -normal.view(logits.shape).to(logits.dtype)
 
     def root_columns(self, logits: Tensor) -> Iterator[Tensor]:
         """Columns e_k for every output k."""
