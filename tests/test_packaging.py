@@ -27,6 +27,47 @@ for name in ("kfac_dist", "kfac_dist.callbacks", "kfac_dist.launch"):
 print("imported")
 """
 
+# A user's file: mypy --strict must find fault with the marked lines, and with no other.
+CONSUMER = """
+import torch
+from pytorch_lightning import Trainer
+from torch import nn
+from typing_extensions import assert_type
+
+from kfac_dist import CoarseConfig, DistributionConfig, KFACPreconditioner, parameter_groups, rate_free_optimizer
+from kfac_dist import KFACConfig  # attr-defined
+from kfac_dist.callbacks import KFAC, KFACMonitor
+from kfac_dist.callbacks import Trial  # attr-defined
+from kfac_dist.launch import LaunchEnvironment, connect, detect_environment
+
+net = nn.Linear(3, 2)
+kfac = KFACPreconditioner(net, "categorical", coarse=CoarseConfig(space="pcg"), distribution=DistributionConfig())
+assert_type(kfac.accumulate(), None)
+assert_type(kfac.step(lr=rate_free_optimizer(net, uncovered_lr=0.1), closure=lambda: torch.zeros(())), None)
+assert_type(dict(kfac.metrics), dict[str, float])
+assert_type(connect().rank, int)
+assert_type(detect_environment({}), LaunchEnvironment)
+Trainer(callbacks=[KFAC("categorical", coarse="pcg"), KFACMonitor(every_n_steps=4)])
+assert_type(kfac.metrics, str)  # assert-type
+KFACPreconditioner(net, "categorical", damping_method="exact")  # arg-type
+KFACPreconditioner(net, "categorical", dampening=0.1)  # call-arg
+kfac.step(lr="fast")  # arg-type
+parameter_groups(net)  # call-arg
+CoarseConfig(max_samples="64")  # arg-type
+KFAC(likelihood=3)  # arg-type
+KFACMonitor(every_n_steps="4")  # arg-type
+connect(timeout="10 s")  # arg-type
+"""
+# What the types of the public face do not touch is not read, which saves half of the time.
+CHECKER = """
+[mypy]
+strict = true
+[mypy-torchmetrics.*,matplotlib.*,numpy.*,rich.*,sympy.*,PIL.*,fsspec.*]
+follow_imports = skip
+[mypy-torch.fx.*,torch._inductor.*,torch._dynamo.*,torch.onnx.*,torch.distributed.fsdp.*,torch.distributed.tensor.*]
+follow_imports = skip
+"""
+
 
 @pytest.mark.parametrize("name", LINKS)
 def test_link_is_relative_and_leads_to_the_code(name):
@@ -96,13 +137,18 @@ def test_wheel_holds_the_linked_code_the_types_and_the_licence(wheel):
     assert not strangers, f"only kfac_dist belongs to the wheel, not {sorted(strangers)}"
 
 
-def test_wheel_works_from_another_directory(wheel, tmp_path):
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    run("pip", "install", "--quiet", "--no-input", "--no-deps", "--no-index", "--target", str(site), str(wheel))
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory) -> Path:
+    """Where the wheel is installed."""
+    folder = tmp_path_factory.mktemp("installed") / "site"
+    run("pip", "install", "--quiet", "--no-input", "--no-deps", "--no-index", "--target", str(folder), str(wheel))
+    return folder
+
+
+def test_wheel_works_from_another_directory(site, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, str(site)],
-        cwd=elsewhere,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
@@ -110,3 +156,21 @@ def test_wheel_works_from_another_directory(wheel, tmp_path):
         check=False,
     )
     assert done.stdout.strip() == "imported", done.stdout + done.stderr
+
+
+def test_a_strict_checker_reads_the_types_of_the_installed_wheel(site, tmp_path):
+    (tmp_path / "consumer.py").write_text(CONSUMER)
+    (tmp_path / "mypy.ini").write_text(CHECKER)
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "consumer.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    marked = re.findall(r"  # ([a-z-]+)$", CONSUMER, re.MULTILINE)
+    lines = [n for n, line in enumerate(CONSUMER.splitlines(), 1) if "  # " in line]
+    found = re.findall(r"^consumer\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout, re.MULTILINE)
+    assert found == [(str(n), code) for n, code in zip(lines, marked, strict=True)], done.stdout + done.stderr
