@@ -46,7 +46,7 @@ def test_a_layer_list_has_one_row_per_world_and_strategy(tmp_path: Path, capsys:
 
 def test_the_documented_plan_is_what_the_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
     text = (CONFIGS.parent / "docs" / "planning.md").read_text(encoding="utf-8")
-    called, shown = re.findall(r"```(?:text)?\n(.*?)```", text, re.DOTALL)[:2]
+    called, shown = re.findall(r"```(?:bash|text)\n(.*?)```", text, re.DOTALL)[:2]
     assert command.main(called.split()[1:]) == 0
     printed = capsys.readouterr().out
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
