@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytorch_lightning as pl
 from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.plugins.environments import MPIEnvironment
-from pytorch_lightning.cli import LightningCLI
+from pytorch_lightning.cli import LightningCLI, Namespace
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 # Imported classes can be named without their module: --model=Autoencoder, --trainer.callbacks+=KFAC.
 import kfac_dist.callbacks
 import kfac_dist.study  # noqa: F401
 from kfac_dist.comm.torch_dist import settle_at_exit
+from kfac_dist.config import CoarseConfig, DistributionConfig
 from kfac_dist.environment import detect_environment
 from kfac_dist.launch.requeue import RequeueOnSignal
 from kfac_dist.launch.whole import WholeCheckpointIO
@@ -51,10 +55,52 @@ class TrainingCLI(LightningCLI):
             **defaults | kwargs,
         )
 
+    def instantiate_classes(self) -> None:
+        """As LightningCLI's; a value that this package refuses ends as one that the parser refuses: in its own words.
+
+        Raises:
+            SystemExit: 2, after the message.
+        """
+        try:
+            check_keywords(self._get(self.config, "trainer", default={}))
+            super().instantiate_classes()
+        except Exception as error:
+            words = refusal(error)
+            if words is None:
+                raise
+            self.parser.error(words)
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """The Trainer, with checkpoint files that are whole, and what a SLURM job adds to it."""
         trainer = self._get(self.config_init, "trainer", default={})
         return super().instantiate_trainer(**additions(os.environ, trainer), **kwargs)
+
+
+def check_keywords(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError for a value within ``coarse:`` or ``distribution:`` of a callback.
+
+    Where an option may be one of several types, the parser keeps what the first of them said of a value, not the one
+    that was meant.
+    """
+    for callback in _listed(trainer.get("callbacks")):
+        options = getattr(callback, "init_args", None) or {}
+        for name, kind in (("coarse", CoarseConfig), ("distribution", DistributionConfig)):
+            given = options.get(name)
+            if isinstance(given, Namespace) and set(given.keys()) == {field.name for field in fields(kind)}:
+                kind(**given.as_dict())
+
+
+def refusal(error: BaseException) -> str | None:
+    """What this package said of a value, below the errors that the parser made of it; None: the error is another's.
+
+    A user's own class keeps its traceback, which names the line.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, (ValueError, MisconfigurationException)):
+        return None
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(error) if str(frame.f_globals.get("__name__")).startswith("kfac_dist.") else None
 
 
 def additions(variables: Mapping[str, str], trainer: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,15 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pytorch_lightning import LightningModule
 
 import kfac_dist
 from kfac_dist.launch import __main__ as command
-from kfac_dist.launch.train import TrainingCLI
+from kfac_dist.launch.train import TrainingCLI, refusal
 
 CONFIG = Path(__file__).parents[2] / "configs" / "mnist_autoencoder_sgd.yaml"
 
@@ -92,6 +94,45 @@ def test_a_value_that_is_not_allowed_is_an_error_that_lists_what_is(capsys: pyte
         command.main(["fit", "--config", str(CONFIG), "--model.activation=gelu"])
     assert end.value.code == 2
     assert "relu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"coarse": {"space": "layer_step", "max_samples": -3}}, "max_samples=-3 must be"),
+        ({"coarse": {"spase": "layer_step"}}, "coarse has no 'spase'; it has space, "),
+        ({"coarse": "layer_stepp"}, "unknown coarse space 'layer_stepp'; known: "),
+        ({"damping": -1.0}, "damping=-1.0 must be a finite number above 0"),
+        ({"distribution": {"timeout": -1.0}}, "timeout=-1.0 must be"),
+    ],
+)
+@pytest.mark.parametrize("subcommand", ["fit", "inspect"])
+def test_a_value_that_the_callback_refuses_ends_with_its_message_alone(
+    subcommand: str, option: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(CONFIG.read_text())
+    content["trainer"]["callbacks"] = [{"class_path": "kfac_dist.callbacks.KFAC", "init_args": option}]
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit) as end:
+        command.main([subcommand, "--config", str(wrong)])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert f"error: {message}" in " ".join(said.split())
+    assert "Traceback" not in said
+    assert "subclass of Callback" not in said
+
+
+class Broken(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        raise ValueError("a mistake of its own")
+
+
+def test_a_mistake_in_a_class_of_the_users_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="a mistake of its own") as caught:
+        TrainingCLI(["--model=tests.launch.test_command.Broken", "--data=Digits"], run=False)
+    assert refusal(caught.value) is None
 
 
 def test_problems_have_short_names_and_the_seed_is_0() -> None:
