@@ -44,7 +44,7 @@ def to_html(text: str, title: str, folder: Path) -> str:
 
     reader = markdown.Markdown(extensions=["tables", "toc"], extension_configs={"toc": {"toc_depth": "2-2"}})
     body = reader.convert(text)
-    contents = re.sub(r'<div class="toc">|</div>', "", reader.toc)  # type: ignore[attr-defined]
+    contents = re.sub(r'<div class="toc">|</div>', "", reader.toc)
     body = body.replace("</h1>", f"</h1>\n<nav>{contents.strip()}</nav>", 1)
     body = body.replace("<table>", '<div class="table"><table>').replace("</table>", "</table></div>")
     body = VERDICTS.sub(coloured, IMAGES.sub(inlined, body))
