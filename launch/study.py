@@ -14,6 +14,7 @@ from rich.console import Console
 from kfac_dist.launch.train import PROGRAM
 from kfac_dist.study.plan import STAGES, Stage, StudyPlan
 from kfac_dist.study.readings import training_loss
+from kfac_dist.study.report import Study, write_report
 from kfac_dist.study.run import Line, Run, check_device
 from kfac_dist.study.runner import calibrate, estimate, file_of, finished, read_lines, run_all
 
@@ -52,7 +53,24 @@ def main(argv: Sequence[str]) -> int:
     stages: list[Stage] = list(STAGES) if options.stage == "all" else [s for s in STAGES if s == options.stage]
     if stages and not _run(plan, folder, stages, options, console):
         return 1
+    if options.stage in ("all", "report") and not options.estimate and options.tasks == 1:
+        report = (options.report or folder).resolve()
+        write_report(_study(plan, name, Path(str(options.config[0])), folder), folder, report)
+        console.print(f"written: {report / 'report.html'} and report.md")
     return 0
+
+
+def _study(plan: StudyPlan, name: str, file: Path, folder: Path) -> Study:
+    sides = plan.runs("side", folder)
+    return Study(
+        name=name,
+        title=plan.title,
+        command=f"{PROGRAM} study {os.path.relpath(file)}",
+        protocols=plan.protocols,
+        methods={problem: plan.methods_of(problem) for problem in plan.problems},
+        side={problem: tuple(run for run in sides if run.problem == problem) for problem in plan.problems},
+        left_out=plan.left_out(),
+    )
 
 
 def parser_of_studies() -> ArgumentParser:

@@ -54,6 +54,18 @@ def test_a_study_runs_all_stages_and_goes_on_where_it_stopped(file: Path, capsys
     assert study(file) == 0
     assert runs(file) == done
     assert "tuning: 0 runs" in capsys.readouterr().out
+    report = (file.parent / "runs" / "report.md").read_text()
+    assert report.startswith("# a study of nothing")
+    assert "Incomplete" not in report
+    assert (file.parent / "runs" / "report.html").exists()
+
+
+def test_a_report_of_an_unfinished_study_says_so_and_runs_nothing(file: Path) -> None:
+    assert study(file, "--stage", "tuning") == 0
+    done = runs(file)
+    assert study(file, "--stage", "report", "--report", str(file.parent / "page")) == 0
+    assert runs(file) == done
+    assert "Incomplete: " in (file.parent / "page" / "report.md").read_text()
 
 
 def test_a_plan_beyond_the_budget_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +108,7 @@ def test_a_study_needs_its_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name the study's file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["quick"])
+@pytest.mark.parametrize("name", ["quick", "paper"])
 def test_the_profiles_that_come_with_the_project_are_whole(name: str, tmp_path: Path) -> None:
     parser = parser_of_studies()
     file = Path(__file__).parents[2] / "configs" / "study" / f"{name}.yaml"
