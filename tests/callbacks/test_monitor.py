@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 from collections import Counter, defaultdict
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.image import imread
 from pytorch_lightning.cli import LightningCLI
-from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kfac_dist.callbacks import KFACMonitor
 from kfac_dist.callbacks.measures import Costs
@@ -233,7 +237,7 @@ class TakesFigures(jobs.Keeping):
 
 
 class TakesImages(jobs.Keeping):
-    """As the logger of W&B does."""
+    """As the logger of W&B does: the real one wants an account or a server, so its tests are against this one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,9 +262,38 @@ def test_loggers_that_take_pictures_get_them(kind, tmp_path):
     assert not list(tmp_path.rglob("*.png"))
 
 
-@pytest.mark.parametrize("csv", [True, False])
-def test_elsewhere_they_become_files(csv, tmp_path):
-    logger = [TakesFigures(), CSVLogger(tmp_path, name="run")] if csv else False
+def test_tensorboard_and_csv_files_hold_the_numbers_and_the_pictures(tmp_path):
+    board, table, keeping = TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table"), jobs.Keeping()
+    monitor = KFACMonitor(every_n_steps=2, figures_every_n_steps=3, summary=False)
+    run(monitor, logger=[board, table, keeping])
+    expected = {name: values for name, values in by_step(keeping).items() if name.startswith("kfac/")}
+    assert {"kfac/condition/first", "kfac/coarse/decrease_ratio"} <= set(expected)
+    events = EventAccumulator(board.log_dir, size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    scalars = [tag for tag in events.Tags()["scalars"] if tag.startswith("kfac/")]
+    assert set(scalars) == set(expected)
+    for tag in scalars:
+        written = {event.step: event.value for event in events.Scalars(tag)}
+        assert written == pytest.approx(expected[tag], rel=1e-6, nan_ok=True), tag  # an event holds float32
+    assert set(events.Tags()["images"]) == {f"kfac/{name}" for name in NAMES}
+    for name in NAMES:
+        assert [image.step for image in events.Images(f"kfac/{name}")] == [3, 5]
+        for image in events.Images(f"kfac/{name}"):
+            pixels = imread(BytesIO(image.encoded_image_string))
+            assert pixels.shape[:2] == (image.height, image.width)
+            assert len(numpy.unique(pixels)) > 10
+    with open(Path(table.log_dir, "metrics.csv"), encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, values in expected.items():
+        read = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        assert read == pytest.approx(values, rel=1e-6, nan_ok=True), name
+    pictures = {path.name for path in Path(board.log_dir, "kfac").iterdir()}  # for the table, which takes none
+    assert pictures == {f"{name}-{step:06d}.png" for name in NAMES for step in (3, 5)}
+
+
+@pytest.mark.parametrize("with_csv", [True, False])
+def test_elsewhere_they_become_files(with_csv, tmp_path):
+    logger = [TakesFigures(), CSVLogger(tmp_path, name="run")] if with_csv else False
     monitor = KFACMonitor(every_n_steps=0, figures_every_n_steps=3, summary=False)
     run(monitor, logger=logger, default_root_dir=tmp_path)
     folder = tmp_path / "kfac"  # the first logger's folder decides, and that one has none
