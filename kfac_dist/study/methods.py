@@ -273,6 +273,12 @@ METHODS: dict[str, Method] = {
         damping="adaptive",
         coarse_damping="auto",
     ),
+    "rate_free_64": two_level(
+        "layer_step_momentum",
+        title="two-level K-FAC, layer_step_momentum, nothing tuned, 64 samples",
+        tuned=False,
+        coarse_max_samples=64,
+    ),
     "layer_step_momentum_fixed": two_level(
         "layer_step_momentum",
         title="two-level K-FAC, layer_step_momentum, fixed coarse damping",
