@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +26,8 @@ COLOURS = (
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 DPI, SHADES = 110, 128
 WIDTH = 7.2
+LABEL = 38
+"""Characters of a label's line."""
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -42,6 +45,12 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
                 "markerfacecolor": COLOURS[i % len(COLOURS)] if ours else "white",
             }
     return found
+
+
+def label(name: str) -> str:
+    """A method's title, short enough for a legend of two columns; long ones take several lines."""
+    words = method(name).title.replace("two-level K-FAC, ", "two-level ").replace(", error_minimizing", "")
+    return textwrap.fill(words, LABEL, subsequent_indent="  ")
 
 
 def panel(height: float, title: str) -> tuple[Figure, Axes]:

@@ -13,10 +13,11 @@ from kfac_dist.study.report.drawing import save
 from kfac_dist.study.report.measures import measures_table
 from kfac_dist.study.report.pictures import pictures
 from kfac_dist.study.report.ranking import WINNERS, pairs, ranking, target, winners
+from kfac_dist.study.report.side import WORDS as SIDE_WORDS
 from kfac_dist.study.report.side import side_table
 from kfac_dist.study.report.study import Study
 from kfac_dist.study.report.verdicts import RULE, comparisons, overall, paragraph, summary
-from kfac_dist.study.report.words import enumerated, loss, table
+from kfac_dist.study.report.words import loss, table
 
 PICTURES = "pictures"
 
@@ -29,7 +30,7 @@ def page(study: Study, found: Mapping[str, Results], folder: Path) -> str:
         lines += [f"**Incomplete: {missing} runs have not finished; what follows is what is there so far.**", ""]
     lines += ["## Verdict", "", summary(found), *overall(found), RULE, "", "## Winners"]
     rows = [row for results in found.values() for row in winners(results, results.entry.title)]
-    lines += table(("problem", *WINNERS), rows, names=3)
+    lines += table(("problem", *WINNERS), rows, names=4)
     lines += [
         "Winner and second are picked by the very medians that are shown, so that the distance between them is "
         '"clearly ahead" (the interval of the ratio, seed by seed, is below 1) a little too often.',
@@ -48,7 +49,7 @@ def problem(name: str, results: Results, folder: Path) -> list[str]:
     if results.missing:
         lines += [f"Incomplete: {results.missing} runs of this problem have not finished.", ""]
     waiting = [method(each).title for each in results.methods if each not in results.ran]
-    lines += [f"Without a finished run so far: {enumerated(waiting)}.", ""] if waiting else []
+    lines += [f"Without a finished run so far: {'; '.join(waiting)}.", ""] if waiting else []
     if results.ran:
         drawn = {}
         for kind, words, figure in pictures(results):
@@ -72,7 +73,7 @@ def problem(name: str, results: Results, folder: Path) -> list[str]:
         lines += [*drawn.values(), ""] if drawn else []
     side = side_table(results)
     if side:
-        lines += ["### Every space and correction at fixed settings", "", "One seed: an indication.", *side]
+        lines += ["### Every space and correction at fixed settings", "", SIDE_WORDS, *side]
     chosen = settings_table(results)
     return lines + (["### Settings that the trials chose", *chosen] if chosen else [])
 

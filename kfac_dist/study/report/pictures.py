@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,27 +14,29 @@ from kfac_dist.study.readings import evaluated, number
 from kfac_dist.study.report.budgets import CLOCKS, WORDS, Budget, budgets
 from kfac_dist.study.report.collect import Results
 from kfac_dist.study.report.comparisons import headline
-from kfac_dist.study.report.drawing import WIDTH, legend_below, logarithmic, panel, styles
+from kfac_dist.study.report.drawing import WIDTH, label, legend_below, logarithmic, panel, styles
 from kfac_dist.study.report.measures import Series, interactions, series
 from kfac_dist.study.report.ranking import order, target, time_to
 from kfac_dist.study.report.words import loss
 
 GRID = 24
 """Points of a curve against seconds."""
+BOX = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
 ROW = 0.19
 """Inches of a legend's row."""
 
 
-def legend_height(count: int) -> float:
+def legend_height(names: Iterable[str]) -> float:
     """Inches below a panel."""
-    return ROW * math.ceil(count / 2)
+    lines = sorted((label(name).count("\n") + 1 for name in names), reverse=True)
+    return ROW * math.ceil(sum(lines[: math.ceil(len(lines) / 2)]))
 
 
 def curves(results: Results, budget: Budget) -> Figure:
     """Median training loss up to a budget's end, and its interval as a band; the best at the end comes first."""
     names = order(results, budget)
     figure, axes = panel(
-        4.2 + legend_height(len(names)), f"training loss against {'epochs' if budget.clock is None else 'seconds'}"
+        4.2 + legend_height(names), f"training loss against {'epochs' if budget.clock is None else 'seconds'}"
     )
     looks, best = styles(names), headline(results)
     count = int(budget.amount) if budget.clock is None else GRID
@@ -49,7 +51,7 @@ def curves(results: Results, budget: Budget) -> Figure:
         shown = np.isfinite(middle)
         places = np.array(grid)[shown]
         look = looks[name] | {"linewidth": 2.8 if name == best else looks[name]["linewidth"]}
-        axes.plot(places, middle[shown], label=method(name).title, markevery=max(1, count // 8), **look)
+        axes.plot(places, middle[shown], label=label(name), markevery=max(1, count // 8), **look)
         top = np.where(np.isfinite(high), high, start)
         axes.fill_between(places, low[shown], top[shown], color=look["color"], alpha=0.13, linewidth=0)
     axes.set_xlabel(budget.words.split()[-1] if budget.clock is None else f"{WORDS[budget.clock]} of training")
@@ -71,7 +73,9 @@ def times(results: Results) -> Figure | None:
     figure, axes = panel(
         1.3 + 0.3 * len(names), f"{clock} to {loss(aim[0])}, the median of {method(aim[1]).title} at the end"
     )
-    end, looks = results.protocol.seconds, styles(names)
+    # A slow method goes on beyond the seconds until its epochs are over, and may get there then.
+    finite = [value for each in found.values() for value in (each.middle, each.high) if math.isfinite(value)]
+    end, looks = max([results.protocol.seconds, *finite]), styles(names)
     for place, name in enumerate(names):
         interval = found[name]
         if math.isinf(interval.middle):
@@ -87,30 +91,30 @@ def times(results: Results) -> Figure | None:
             linewidth=1.4,
             hatch=None if solid else "////",
         )
-        high = min(interval.high, end)
+        high = min(interval.high, 1.1 * end)
         axes.plot([interval.low, high], [place, place], color="black", linewidth=1.2, marker="|", markersize=7)
-        axes.text(max(high, interval.middle) + 0.012 * end, place, f"{interval.middle:.1f}", va="center", fontsize=8)
-    axes.set_yticks(range(len(names)), [method(name).title for name in names], fontsize=8)
-    axes.set_xlim(0, 1.08 * end)
+        axes.text(0.01 * end, place, f"{interval.middle:.1f}", va="center", fontsize=8, bbox=BOX)
+    axes.set_yticks(range(len(names)), [label(name) for name in names], fontsize=8)
+    axes.set_xlim(0, 1.1 * end)
     axes.set_ylim(-0.6, len(names) - 0.4)
     axes.set_xlabel(f"{clock} of training")
     axes.grid(visible=False, axis="y")
     return figure
 
 
-def over_training(results: Results, group: str, key: str, title: str, label: str) -> Figure | None:
+def over_training(results: Results, group: str, key: str, title: str, unit: str) -> Figure | None:
     """One value of every method that has it, against epochs; None where none has."""
     found: Mapping[str, Series] = {name: series(each.finals, group, key) for name, each in results.ran.items()}
     found = {name: points for name, points in found.items() if points}
     if not found:
         return None
-    figure, axes = panel(3.6 + legend_height(len(found)), title)
+    figure, axes = panel(3.6 + legend_height(found), title)
     looks = styles(found)
     for name, points in found.items():
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, label=method(name).title, markevery=max(1, len(x) // 8), **looks[name])
+        axes.plot(x, y, label=label(name), markevery=max(1, len(x) // 8), **looks[name])
     axes.set_xlabel("epochs")
-    axes.set_ylabel(label)
+    axes.set_ylabel(unit)
     if all(value > 0 for points in found.values() for _, value in points):
         logarithmic(axes)
     legend_below(figure, axes)
@@ -156,8 +160,8 @@ def pictures(results: Results) -> Iterator[tuple[str, str, Figure]]:
     bars = times(results)
     if bars is not None:
         yield "time_to_target", "Time to the best first-order method's loss", bars
-    for name, group, key, title, label in OVER_TRAINING:
-        figure = over_training(results, group, key, title, label)
+    for name, group, key, title, unit in OVER_TRAINING:
+        figure = over_training(results, group, key, title, unit)
         if figure is not None:
             yield name, f"{title.capitalize()} over training", figure
     best = headline(results)

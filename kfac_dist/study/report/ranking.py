@@ -81,27 +81,24 @@ def winners(results: Results, title: str = "") -> list[list[str]]:
     rows = []
     for words, value, is_time in measures(results):
         ranked = sorted((median(found.finals, value), name) for name, found in results.ran.items())
-        ranked = [(middle, name) for middle, name in ranked if math.isfinite(middle)]
-        cells = [*([title] if title else []), words]
-        if not ranked:
-            rows.append([*cells, "nobody", *([NEVER] * 5)])
-            continue
-        first = results.ran[ranked[0][1]].finals
-        interval = median_interval([value(lines) for lines in first.values()])
-        cells += [method(ranked[0][1]).title, (seconds_interval if is_time else loss_interval)(interval)]
-        seconds = results.ran[ranked[1][1]].finals if len(ranked) > 1 else {}
-        seeds = [seed for seed in first if seed in seconds]
-        if not seeds:
-            rows.append([*cells, *([NEVER] * 4)])
-            continue
-        values = [[value(runs[seed]) for seed in seeds] for runs in (first, seconds)]
-        against = ratio_interval(*values)
-        ahead = "yes" if against.verdict == "helps" else "no"
-        rows.append([*cells, method(ranked[1][1]).title, ratio_words(against), share(share_won(*values)), ahead])
+        names = [name for middle, name in ranked if math.isfinite(middle)][:2]
+        titles = [*(method(name).title for name in names), *[NEVER] * (2 - len(names))]
+        cells = [*([title] if title else []), words, *titles]
+        if names:
+            first = results.ran[names[0]].finals
+            interval = median_interval([value(lines) for lines in first.values()])
+            cells.append((seconds_interval if is_time else loss_interval)(interval))
+        seconds = results.ran[names[1]].finals if len(names) > 1 else {}
+        seeds = [seed for seed in seconds if seed in first]
+        if seeds:
+            values = [[value(runs[seed]) for seed in seeds] for runs in (first, seconds)]
+            against = ratio_interval(*values)
+            cells += [ratio_words(against), share(share_won(*values)), "yes" if against.verdict == "helps" else "no"]
+        rows.append([*cells, *[NEVER] * (len(WINNERS) + bool(title) - len(cells))])
     return rows
 
 
-WINNERS = ("measure", "winner", "its median", "second", "winner / second", "seeds won", "clearly ahead")
+WINNERS = ("measure", "winner", "second", "winner's median", "winner / second", "seeds won", "clearly ahead")
 
 
 def pairs(results: Results, budget: Budget) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from kfac_dist.study.intervals import ratio
 from kfac_dist.study.methods import method
 from kfac_dist.study.readings import Lines
@@ -14,32 +12,36 @@ from kfac_dist.study.report.measures import middle
 from kfac_dist.study.report.words import NEVER, loss, milliseconds, table
 from kfac_dist.study.run import Run
 
+WORDS = (
+    "One run each, of one seed: an indication. Ratios are to one-level K-FAC in the same list. Coarse gain and share: "
+    "medians over the run of what the coarse level takes off the squared error, in units of the one-level direction's "
+    "squared norm, and of its share of a step's time."
+)
 FAMILY = {"paper": "the papers'", "ours": "ours", "scalar": "scalar", None: "-"}
 
 
 def side_table(results: Results) -> list[str]:
-    """The lowest loss first; the ratios are to the one-level run of the same list."""
-    if not results.side:
+    """The lowest loss first; ratios are to the one-level run of the same list. Nothing where no run has finished."""
+    done = [(run, lines) for run, lines in results.side if lines]
+    if not done:
         return []
-    bases = {run.method: (run, lines) for run, lines in results.side if family(run.method) is None}
+    bases = {run.method: (run, lines) for run, lines in done if family(run.method) is None}
     rows = []
-    for run, lines in results.side:
+    for run, lines in done:
         form = method(run.method).one_level or ""
         rows.append((_loss(run, lines), cells(results, run, lines, bases.get(form, (run, [])))))
-    head = ["space:correction", "whose", f"loss, {results.side[0][0].epochs} epochs", "over one level", "ms per step"]
+    head = ["space:correction", "whose", f"loss, {done[0][0].epochs} epochs", "over one level", "ms per step"]
     head += ["step over one level's", "coarse gain", "coarse share", "end"]
     return table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])], names=2)
 
 
 def _loss(run: Run, lines: Lines) -> float:
-    return Budget(run.epochs).loss(lines) if lines else math.inf
+    return Budget(run.epochs).loss(lines)
 
 
 def cells(results: Results, run: Run, lines: Lines, base: tuple[Run, Lines]) -> list[str]:
     """One row."""
     words = [run.method if ":" in run.method else method(run.method).title, FAMILY[family(run.method)]]
-    if not lines:
-        return [*words, *([NEVER] * 6), "missing"]
     step = step_milliseconds(lines, results.protocol)
     value = _loss(run, lines)
     coarse = [middle({run.seed: lines}, "coarse", key) for key in ("decrease_ratio", "share")]

@@ -110,7 +110,9 @@ def cell(results: Results, kind: str, words: str) -> str:
     for each in found:
         if each.settings == OWN and each.budget.words == words:
             return f"**{each.ratio.verdict}**, {ratio_interval(each.ratio)} ({method(each.name).title})"
-    tried = any(family(run.method) == kind for run, _ in results.side)
+    if any(family(each) == kind for each in results.methods):
+        return "not finished"
+    tried = any(family(run.method) == kind for run, lines in results.side if lines)
     return "only in the side table" if tried else "did not run"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ def report(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     side = make_run("tiny", "nicolaides:deflated", {}, seed=0, label="side", epochs=10)
     store(side, made(3.0), folder / "runs")
-    rates = {"adam": 0.5, ONE: [1.0, 1.1, 0.9, 1.2, 0.8], SCALAR: 1.5, TWO: 2.0}
-    contents = told(folder / "runs", rates, {TWO: 1.5, SCALAR: 1.0}, side={"tiny": (side,)})
+    rates = {"adam": 0.5, ONE: [1.0, 1.1, 0.9, 1.2, 0.8], SCALAR: 1.5, TWO: 2.0, "rate_free_adaptive": 1.8}
+    contents = told(folder / "runs", rates, {TWO: 1.5, SCALAR: 1.0, "rate_free_adaptive": 1.1}, side={"tiny": (side,)})
     for run in PROTOCOL.finals(TWO, PROTOCOL.chosen(TWO, folder / "runs") or {}):
         store(run, measured(2.0), folder / "runs")
-    write_report(contents, folder / "runs", folder / "report")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib's, where a label does not fit
+        write_report(contents, folder / "runs", folder / "report")
     return folder / "report"
 
 
@@ -84,7 +87,7 @@ def test_an_incomplete_study_gives_a_report_of_what_is_there(tmp_path: Path) -> 
     write_report(contents, tmp_path, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "**Incomplete: 22 runs have not finished; what follows is what is there so far.**" in text
-    assert "Without a finished run so far: Adam and two-level K-FAC, layer_step_momentum." in text
+    assert "Without a finished run so far: Adam; two-level K-FAC, layer_step_momentum." in text
     assert "| K-FAC, factored damping (2 seeds so far) |" in text
     assert "no verdict" in text
     assert "kfac-pytorch is left out: it needs a clone" in text
@@ -95,5 +98,5 @@ def test_a_study_without_any_run_gives_a_report_too(tmp_path: Path) -> None:
     write_report(study("adam", ONE), tmp_path, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "Incomplete: 14 runs" in text
-    assert "Without a finished run so far: Adam and K-FAC, factored damping." in text
+    assert "Without a finished run so far: Adam; K-FAC, factored damping." in text
     assert "<img" not in (tmp_path / "report" / "report.html").read_text()

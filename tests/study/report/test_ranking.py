@@ -53,24 +53,24 @@ def test_winners_are_those_of_each_measure(tmp_path: Path) -> None:
     assert epochs == [
         "loss, 10 epochs",
         KFAC,
-        "0.0625 [0.0625, 0.0625]",
         "Adam",
+        "0.0625 [0.0625, 0.0625]",
         "0.688 [0.688, 0.688]",
         "100 %",
         "yes",
     ]
     assert seconds[:2] == ["loss, 60 s", "Adam"]
-    assert time[:3] == ["time to the target", "Adam", "60.0 [60.0, 60.0]"]
+    assert time[:4] == ["time to the target", "Adam", KFAC, "60.0 [60.0, 60.0]"]  # that one much later, at its end
 
 
 def test_a_lead_within_the_noise_of_the_seeds_is_none(tmp_path: Path) -> None:
     found = results(tmp_path, {"adam": 1.0, ONE: [1.2, 1.2, 1.2, 0.9, 1.2]})
-    assert winners(found)[0][1:] == [KFAC, "0.0769 [0.0769, 0.1000]", "Adam", "0.846 [0.846, 1.1]", "80 %", "no"]
+    assert winners(found)[0][1:] == [KFAC, "Adam", "0.0769 [0.0769, 0.1000]", "0.846 [0.846, 1.1]", "80 %", "no"]
 
 
 def test_where_everything_diverged_nobody_wins(tmp_path: Path) -> None:
     store_method(PROTOCOL, "adam", [made(1.0, "failed", epochs=3)] * 5, tmp_path)
-    assert [row[1] for row in winners(collected(tmp_path, "adam"))] == ["nobody", "nobody"]
+    assert [row[1:] for row in winners(collected(tmp_path, "adam"))] == [["-"] * 6] * 2
 
 
 def test_pairs_count_seeds(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_side_table_divides_by_one_level_at_the_same_settings(tmp_path: Path
         "0.125",
         "done",
     ]
-    assert cells(lines, "krylov:additive")[2:] == [*["-"] * 6, "missing"]
+    assert not any("krylov" in line for line in lines)  # it has not finished
     assert [line.split("|")[1].strip() for line in lines[3:6]] == ["pcg:additive", KFAC, "nicolaides:deflated"]
 
 
