@@ -9,51 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
 
-from kfac_dist import CoarseConfig, KFACPreconditioner
-from kfac_dist.config import KFACConfig
-from kfac_dist.study.dense_fisher import DenseFisher, sampled_cotangents
+from benchmarks.states import DAMPING, NETS, SAMPLES, STATES, direction, visited
+from kfac_dist import CoarseConfig
 
-DAMPING, SAMPLES, STATES, STEPS_BETWEEN = 1e-2, 1024, 5, 20
-
-NETS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "MLP 64-20-20-20-10": (
-        lambda: nn.Sequential(
-            nn.Linear(64, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 10)
-        ),
-        "categorical",
-    ),
-    "CNN 6-8-8-10": (
-        lambda: nn.Sequential(
-            nn.Unflatten(1, (1, 8, 8)),
-            nn.Conv2d(1, 6, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(6, 8, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(8, 8, 3, stride=2, padding=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32, 10),
-        ),
-        "categorical",
-    ),
-    "autoencoder 64-24-8-24-64": (
-        lambda: nn.Sequential(
-            nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 8), nn.Linear(8, 24), nn.Tanh(), nn.Linear(24, 64)
-        ),
-        "bernoulli",
-    ),
-}
 # Row of the table -> (space, vectors per layer, variant, multiple of L that its dimension is).
 SPACES: dict[str, tuple[str, int, str | None, str]] = {
     "scalar": ("scalar", 1, None, "1"),
@@ -77,75 +40,19 @@ SPACES: dict[str, tuple[str, int, str | None, str]] = {
 }
 
 
-def loss_of(likelihood: str, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    if likelihood == "categorical":
-        return F.cross_entropy(logits, y)
-    return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
-
-
-def direction(
-    model: nn.Module, likelihood: str, x: Tensor, y: Tensor, coarse: CoarseConfig | None, previous: KFACPreconditioner
-) -> dict[str, Tensor]:
-    """The direction at the model's parameters; momentum spaces get the one that ``previous`` handed out last."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        kfac = KFACPreconditioner(
-            model, likelihood=likelihood, damping=DAMPING, damping_method="eigen", coarse=coarse, seed=1
-        )
-    if coarse is not None and "momentum" in coarse.space:
-        kfac.load_state_dict(kfac.state_dict() | {"coarse": previous.state_dict()["coarse"] | {"space": coarse.space}})
-    model.zero_grad()
-    logits = model(x)
-    kfac.accumulate(sample_ids=torch.arange(len(x)))
-    loss_of(likelihood, logits, x, y).backward()
-    kfac.step()
-    kfac.close()
-    return {layer.name: layer.gradient() for layer in kfac.layers}  # type: ignore[misc]
-
-
-def states(model: nn.Module, likelihood: str, x: Tensor, y: Tensor) -> KFACPreconditioner:
-    """The preconditioner that trains the model between the states: one step of layer_step_momentum at a time."""
-    coarse = CoarseConfig(space="layer_step_momentum", max_samples=None, damping=0.1)
-    return KFACPreconditioner(
-        model, likelihood=likelihood, damping=DAMPING, damping_method="eigen", coarse=coarse, seed=2, kl_clip=0.3
-    )
-
-
 def measure(name: str) -> dict[str, tuple[float, float]]:
     """Row -> geometric means of the two error ratios over the states of one network."""
-    build, likelihood = NETS[name]
-    digits = load_digits()
-    x = torch.tensor(digits.data[:SAMPLES] / 16.0, dtype=torch.float64)
-    y = torch.tensor(digits.target[:SAMPLES])
-    torch.manual_seed(0)
-    model = build().double()
-    trainer = states(model, likelihood, x, y)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     logs: dict[str, list[tuple[float, float]]] = {row: [] for row in ("one level", *SPACES)}
-    for _ in range(STATES):
-        for _ in range(STEPS_BETWEEN):
-            optimizer.zero_grad()
-            logits = model(x)
-            trainer.accumulate()
-            loss_of(likelihood, logits, x, y).backward()
-            trainer.step(lr=optimizer)
-            optimizer.step()
-        model.zero_grad()
-        logits = model(x)
-        loss_of(likelihood, logits, x, y).backward()
-        cotangents = sampled_cotangents(KFACConfig(likelihood=likelihood, seed=1), 0, logits)
-        fisher = DenseFisher(model, trainer.layers, x, cotangents)
-        gradient = fisher.flatten({layer.name: layer.gradient() for layer in trainer.layers})  # type: ignore[misc]
-        trainer.forget()
+    for state in visited(name):
+        found = []
         for row in logs:
             space, k, variant, _ = SPACES.get(row, ("", 1, None, ""))
             coarse = None
             if space:
                 coarse = CoarseConfig(space=space, vectors_per_layer=k, variant=variant, max_samples=None)
-            found = fisher.flatten(direction(model, likelihood, x, y, coarse, trainer))
-            logs[row] += fisher.errors(gradient, [found], DAMPING)
-        trainer.forget()
-    trainer.close()
+            found.append(direction(state, coarse))
+        for log, error in zip(logs.values(), state.fisher.errors(state.gradient, found, DAMPING), strict=True):
+            log.append(error)
     base = logs["one level"]
     result = {"one level, absolute": tuple(_mean([e[i] for e in base]) for i in (0, 1))}
     for row, values in logs.items():
