@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TEXTS = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+TEXTS = {
+    path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+}
 README = TEXTS[ROOT / "README.md"]
 
 
@@ -39,6 +41,6 @@ def test_commands_are_targets_of_make():
 
 def test_every_page_is_in_the_navigation_and_every_benchmarks_page_too():
     navigation = (ROOT / "mkdocs.yml").read_text()
-    pages = [path.name for path in (ROOT / "docs").glob("*.md")]
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     pages += [f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.md")]
     assert [page for page in pages if not re.search(rf": {re.escape(page)}$", navigation, re.MULTILINE)] == []

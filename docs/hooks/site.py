@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,9 +21,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links out of docs/ work in the repository: to the benchmarks' pages they lead here, too; others become text."""
-    markdown = markdown.replace("](../benchmarks/", "](benchmarks/")
-    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]*\)", r"\1", markdown)
+    """Links that work in the repository: to pages of the site they lead here, too; others become text."""
+    here = page.file.src_uri
+    folder = Path(here if here.startswith("benchmarks/") else f"docs/{here}").parent
+
+    def here_too(link: re.Match[str]) -> str:
+        target = os.path.normpath(folder / link[2])
+        site = target.removeprefix("docs/")
+        if site == target and not target.startswith("benchmarks/"):
+            return link[1]
+        return f"[{link[1]}]({os.path.relpath(site, Path(here).parent)}{link[3] or ''})"
+
+    return re.sub(r"\[([^\]]+)\]\((\.\./[^)#]*)(#[^)]*)?\)", here_too, markdown)
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
