@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -163,24 +164,24 @@ class KFACPreconditioner:
                 f"coarse={self.coarse.space!r} is made of both factors, and factor_sides='input' keeps only A: use "  # type: ignore[union-attr]
                 "factor_sides='both' or another space"
             )
-        self._world = make_communicator(self.distribution.backend, process_group, self.distribution.timeout)
-        self._one = OneLevel(
-            self.layers, self.config, self.distribution, self._world, eigen=space is not None and space.uses_eigenbases
-        )
-        channel = self.distribution.coarse_backend if self.coarse is not None else None
-        self._coarse_world = make_channel(channel, self._world, self.distribution.timeout, self._one.device)
-        self._two = None
-        if self.coarse is not None and space is not None:
-            self._two = TwoLevel(self.coarse, space, self._coarse_world)
-        try:
+        with ExitStack() as made:  # whatever fails, what was made before it is given back
+            self._world = make_communicator(self.distribution.backend, process_group, self.distribution.timeout)
+            made.callback(self._world.close)
+            # What refuses comes before the groups of ranks and the channel, which all ranks make together.
             average, size = self.distribution.average_gradients, self._world.size
             served = served_layers(model, self.layers, self.config, self.coarse, self.distribution, size)
             self._fisher = Fisher(self.model, self.layers, output_module, self.config, self._world.rank)
+            made.callback(self._fisher.capture.close)
+            eigen = space is not None and space.uses_eigenbases
+            self._one = OneLevel(self.layers, self.config, self.distribution, self._world, eigen=eigen)
+            channel = self.distribution.coarse_backend if self.coarse is not None else None
+            self._coarse_world = make_channel(channel, self._world, self.distribution.timeout, self._one.device)
+            made.callback(self._coarse_world.close)
+            self._two = None
+            if self.coarse is not None and space is not None:
+                self._two = TwoLevel(self.coarse, space, self._coarse_world)
             self._rank_b = RankB(model, served, self.config, average, self._world, self._one.dtype)
-        except BaseException:
-            self._coarse_world.close()
-            self._world.close()
-            raise
+            made.pop_all()
         self._samples: Samples | None = None
         self._step = 0
         self._before: dict[str, Any] | None = None  # the state before the step that is under way

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from kfac_dist import KFACPreconditioner
+from kfac_dist.comm import communicators
 from kfac_dist.config import LayerOptions
 from kfac_dist.layers import find_layers
 
@@ -243,3 +245,42 @@ def test_models_that_cannot_be_treated(model: nn.Module, options: dict, message:
     with pytest.raises(ValueError, match=message):
         KFACPreconditioner(model, likelihood="categorical", **options)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("failing", "options"),
+    [
+        ("kfac_dist.preconditioner.OneLevel", {}),
+        ("kfac_dist.preconditioner.make_channel", {"coarse": "layer_step"}),
+        ("kfac_dist.preconditioner.RankB", {}),
+    ],
+)
+def test_a_construction_that_fails_leaves_no_hook_and_no_communicator(
+    failing: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **keywords: Any) -> None:
+        raise ValueError("it cannot be made")
+
+    closed: list[Any] = []
+    monkeypatch.setattr(communicators["single"], "close", lambda self: closed.append(self))
+    monkeypatch.setattr(failing, fail)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="it cannot be made"):
+        KFACPreconditioner(model, "categorical", **options)
+    assert closed
+    assert not [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(
+    "options", [{"output_module": "nowhere"}, {"preconditioning": "samples", "coarse": "layer_step"}]
+)
+def test_refusals_come_before_the_groups_of_ranks_are_made(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*args: Any, **keywords: Any) -> None:
+        raise AssertionError("a group of ranks was made")
+
+    monkeypatch.setattr("kfac_dist.preconditioner.OneLevel", made)
+    monkeypatch.setattr("kfac_dist.preconditioner.make_channel", made)
+    with pytest.raises(ValueError, match=r"nowhere|is made of them"):
+        KFACPreconditioner(nn.Sequential(nn.Linear(4, 2)), "categorical", **options)
