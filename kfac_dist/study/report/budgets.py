@@ -32,12 +32,13 @@ class Budget:
 
     def loss(self, lines: Lines, key: str = "loss") -> float:
         """The loss then; infinite where the run did not come so far, or was above its initial training loss."""
-        training = self._read(lines, "loss")
+        training = self.reading(lines, "loss")
         if math.isinf(training) or training > number(evaluated(lines)[0]["loss"]):
             return math.inf
-        return training if key == "loss" else self._read(lines, key)
+        return training if key == "loss" else self.reading(lines, key)
 
-    def _read(self, lines: Lines, key: str) -> float:
+    def reading(self, lines: Lines, key: str = "loss") -> float:
+        """The loss then, even above the initial one; infinite where the run did not come so far."""
         if self.clock is None:
             return after_epochs(lines, self.amount, key)
         return after_seconds(lines, self.amount, key, self.clock)

@@ -83,7 +83,7 @@ def collect_problem(protocol: Protocol, names: Sequence[str], side: Sequence[Run
         form = method(name).one_level
         twins = by_seed(protocol.twin(name, known), folder) if name in known and form in known else {}
         missing += len(trials) - len(losses) + len(protocol.seeds) - len(finals)
-        missing += len(protocol.seeds) - len(twins) if form in names else 0
+        missing += len(protocol.seeds) - len(twins) if form in names and method(name).space else 0
         methods[name] = Found(trials=losses, settings=chosen[name], finals=finals, twins=twins)
     lines = read(side, folder)
     return Results(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable
 from io import BytesIO
@@ -63,9 +64,10 @@ def panel(height: float, title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def logarithmic(axes: Axes) -> None:
-    """A logarithmic axis with numbers as one reads them."""
+def logarithmic(axes: Axes, top: float = math.inf) -> None:
+    """A logarithmic axis with numbers as one reads them, up to ``top`` at most."""
     axes.set_yscale("log")
+    axes.set_ylim(top=min(axes.get_ylim()[1], top))
     low, high = axes.get_ylim()
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if high / low < 30 else (1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=30))

@@ -29,8 +29,8 @@ def page(study: Study, found: Mapping[str, Results], folder: Path) -> str:
     if missing:
         lines += [f"**Incomplete: {missing} runs have not finished; what follows is what is there so far.**", ""]
     lines += ["## Verdict", "", summary(found), *overall(found), RULE, "", "## Winners"]
-    rows = [row for results in found.values() for row in winners(results, results.entry.title)]
-    lines += table(("problem", *WINNERS), rows, names=4)
+    rows = [row for results in found.values() if results.ran for row in winners(results, results.entry.title)]
+    lines += table(("problem", *WINNERS), rows, names=4) if rows else ["", "No run has finished yet.", ""]
     lines += [
         "Winner and second are picked by the very medians that are shown, so that the distance between them is "
         '"clearly ahead" (the interval of the ratio, seed by seed, is below 1) a little too often.',

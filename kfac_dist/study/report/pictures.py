@@ -46,18 +46,18 @@ def curves(results: Results, budget: Budget) -> Figure:
         runs = list(results.ran[name].finals.values())
         start = max(start, *(number(evaluated(lines)[0]["loss"]) for lines in runs))
         middle, low, high = medians_interval(
-            np.array([[Budget(x, budget.clock).loss(lines) for x in grid] for lines in runs])
+            np.array([[Budget(x, budget.clock).reading(lines) for x in grid] for lines in runs])
         )
         shown = np.isfinite(middle)
         places = np.array(grid)[shown]
         look = looks[name] | {"linewidth": 2.8 if name == best else looks[name]["linewidth"]}
         axes.plot(places, middle[shown], label=label(name), markevery=max(1, count // 8), **look)
-        top = np.where(np.isfinite(high), high, start)
+        top = np.where(np.isfinite(high), high, 2 * start)
         axes.fill_between(places, low[shown], top[shown], color=look["color"], alpha=0.13, linewidth=0)
     axes.set_xlabel(budget.words.split()[-1] if budget.clock is None else f"{WORDS[budget.clock]} of training")
     axes.set_ylabel(results.entry.unit, fontsize=9)
     axes.set_xlim(0, budget.amount)
-    logarithmic(axes)
+    logarithmic(axes, 2 * start)  # what diverges leaves the picture
     legend_below(figure, axes)
     return figure
 

@@ -128,6 +128,8 @@ def test_without_a_pair_there_is_no_verdict(tmp_path: Path) -> None:
 
 
 def test_what_was_not_tuned_is_not_compared_at_the_same_settings_nor_with_a_tuned_scalar(tmp_path: Path) -> None:
-    found = results(tmp_path, {ONE: 1.0, SCALAR: 1.0, "rate_free": 2.0}, {"rate_free": 4.0})
+    rates = {ONE: 1.0, SCALAR: 1.0, "rate_free": 2.0}
+    assert results(tmp_path, rates, {SCALAR: 1.0}).missing == 0
+    found = results(tmp_path, rates, {SCALAR: 1.0, "rate_free": 4.0})
     assert {each.settings for each in against_one_level(found, "rate_free")} == {"own"}
     assert against_scalar(found, "rate_free") == []
