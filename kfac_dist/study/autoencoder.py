@@ -43,11 +43,13 @@ def initialise(net: nn.Module, init: str, activation: str) -> None:
 
 
 class Autoencoder(Problem):
-    """Reconstructs images whose pixels lie in [0, 1]; ``forward`` returns LOGITS.
+    """Reconstructs images whose pixels lie in [0, 1]; ``forward`` returns LOGITS, or pixels with "squared" as loss.
 
-    The loss is the binary cross-entropy summed over the pixels and averaged over the images, so that it is the mean
-    negative log-likelihood of a sample and Bernoulli targets give the true Fisher. The mean per pixel, in nats, is
-    logged as ``pixel_loss`` (mean over the training steps of an epoch) and ``val_pixel_loss``.
+    The loss is summed over the pixels and averaged over the images, so that it is the mean negative log-likelihood of a
+    sample and targets drawn from the model give the true Fisher: Bernoulli ones for the binary cross-entropy
+    (likelihood "bernoulli"), of unit variance for half the squared error (likelihood "gaussian"). The mean per pixel is
+    logged: in nats as ``pixel_loss`` (mean over the training steps of an epoch) and ``val_pixel_loss``, or as
+    ``squared_error`` and ``val_squared_error`` (half the squared error).
 
     Args:
         widths: pixels, hidden widths and code width of the encoder; the decoder mirrors them.
@@ -56,9 +58,10 @@ class Autoencoder(Problem):
             He et al. 2015, both uniform with zero biases. It decides how fast first-order methods start.
         lr: learning rate of the SGD that serves unless the command line or a configuration names an optimizer.
         momentum: of that SGD.
+        error: "cross_entropy" or "squared".
 
     Raises:
-        ValueError: fewer than two widths, an unknown activation or an unknown initialisation.
+        ValueError: fewer than two widths, an unknown activation, an unknown initialisation or an unknown error.
     """
 
     def __init__(
@@ -68,28 +71,37 @@ class Autoencoder(Problem):
         init: Literal["default", "xavier", "kaiming"] = "xavier",
         lr: float = 3e-3,
         momentum: float = 0.9,
+        error: Literal["cross_entropy", "squared"] = "cross_entropy",
     ) -> None:
         super().__init__(lr, momentum)
+        if error not in ("cross_entropy", "squared"):
+            raise ValueError(f"error={error!r} is unknown; choose one of cross_entropy, squared")
         if len(widths) < 2 or min(widths) < 1:
             raise ValueError(f"widths={list(widths)} must be two or more positive numbers: pixels, .., code")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         if init not in ("default", "xavier", "kaiming"):
             raise ValueError(f"init={init!r} is unknown; choose one of default, xavier, kaiming")
+        self.error = error
         self.net = autoencoder_layers(tuple(widths), activation)
         initialise(self.net, init, activation)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, pixels) of the reconstruction of ``images`` (B, pixels)."""
+        """The reconstruction of ``images`` (B, pixels): logits (B, pixels), or pixels."""
         return self.net(images)
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        """Reconstructed images (B, pixels) in [0, 1]."""
-        return self(batch[0]).sigmoid()
+        """Reconstructed images (B, pixels); in [0, 1] where the forward returns logits."""
+        outputs = self(batch[0])
+        return outputs if self.error == "squared" else outputs.sigmoid()
 
     def loss(self, batch: Sequence[Tensor], prefix: str) -> Tensor:
         """Loss of one batch, whose first tensor holds the images."""
         images = batch[0]
-        loss = F.binary_cross_entropy_with_logits(self(images), images, reduction="sum") / len(images)
-        self.log_means({"pixel_loss": loss.detach() / images[0].numel()}, prefix, len(images))
+        if self.error == "squared":
+            name, total = "squared_error", 0.5 * (self(images) - images).square().sum()
+        else:
+            name, total = "pixel_loss", F.binary_cross_entropy_with_logits(self(images), images, reduction="sum")
+        loss = total / len(images)
+        self.log_means({name: loss.detach() / images[0].numel()}, prefix, len(images))
         return loss

@@ -32,8 +32,21 @@ def small_digits(seed: int = 0) -> tuple[Split, Split]:
 
 
 class Digits(InMemoryDataModule):
-    """Scikit-learn's digits as batches (images (B, 1, 8, 8) in [0, 1], labels (B,))."""
+    """Scikit-learn's digits as batches (images (B, 1, 8, 8) in [0, 1], labels (B,)).
+
+    Args:
+        batch_size: samples per batch and process.
+        seed: of the split.
+        flat: images as rows (B, 64).
+    """
+
+    def __init__(self, batch_size: int = 256, seed: int = 0, flat: bool = False) -> None:
+        super().__init__(batch_size, seed)
+        self.flat = flat
 
     def load(self) -> tuple[Split, Split]:
         """Both splits of :func:`small_digits`."""
-        return small_digits(self.seed)
+        train, val = small_digits(self.seed)
+        if self.flat:
+            return (train[0].flatten(1), train[1]), (val[0].flatten(1), val[1])
+        return train, val

