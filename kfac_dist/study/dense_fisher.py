@@ -98,8 +98,7 @@ class DenseFisher:
 
     def _matrices(self, layer: Layer, parts: Mapping[str, Tensor]) -> Tensor:
         tensors = [parts[name] for name in self._names[layer.name]]
-        each = [layer.to_matrix(*(layer.part(t[b]) for t in tensors)) for b in range(len(tensors[0]))]
-        return torch.stack(each)
+        return vmap(lambda *parts: layer.to_matrix(*(layer.part(part) for part in parts)))(*tensors)
 
     def flatten(self, directions: Mapping[str, Tensor]) -> Tensor:
         """Layer -> Theta-shaped tensors as one float64 vector."""
