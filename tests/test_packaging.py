@@ -123,6 +123,12 @@ def test_one_version_everywhere(release):
     assert versions == {cited[1]} == {kfac_dist.__version__}
 
 
+def test_wheel_holds_what_is_no_code_but_read_by_it(wheel):
+    here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kfac_dist").rglob("*.css")}
+    assert "kfac_dist/study/report/style.css" in here
+    assert here <= set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_wheel_holds_the_linked_code_the_types_and_the_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in LINKS:
