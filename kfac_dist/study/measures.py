@@ -6,6 +6,7 @@ All of it stands outside the run's clock and leaves the training as it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,16 @@ class DirectionErrors:
     Args:
         twin: a copy of the network, made before K-FAC put its hooks into it.
         kfac: the preconditioner of the network.
+        exact: take the exact expectation over the targets for F instead. One draw per sample leaves most of the
+            gradient outside F's range, where d* is the gradient over lambda and no direction comes near it; the exact F
+            has all of it in its range.
 
     Raises:
         ValueError: more than 20,000 covered parameters.
     """
 
-    def __init__(self, twin: Problem, kfac: KFACPreconditioner) -> None:
+    def __init__(self, twin: Problem, kfac: KFACPreconditioner, exact: bool = False) -> None:
+        self._config = replace(kfac.config, fisher_samples="exact") if exact else kfac.config
         self._twin = twin.train()
         self._kfac = kfac
         self._layers = find_layers(twin, kfac.config).layers
@@ -57,7 +62,7 @@ class DirectionErrors:
             twin.loss(batch, "").backward()
             logits = twin(batch[0]).detach()
         fisher = DenseFisher(
-            twin, self._layers, batch[0], sampled_cotangents(kfac.config, int(kfac.metrics["step"]), logits)
+            twin, self._layers, batch[0], sampled_cotangents(self._config, int(kfac.metrics["step"]), logits)
         )
         gradients = {name: g / kfac.metrics["loss_scale"] for name, g in matrices(self._layers).items()}
         handed_out = fisher.flatten(matrices(kfac.layers))
@@ -80,28 +85,33 @@ class Watch:
         kfac: the preconditioner; None: another method.
         twin: a copy of the network for :class:`DirectionErrors`; None: they are not measured.
         every: steps between those measures.
+        exact: measure them with the exact Fisher matrix, too.
     """
 
-    def __init__(self, kfac: KFACPreconditioner | None, twin: Problem | None, every: int) -> None:
+    def __init__(self, kfac: KFACPreconditioner | None, twin: Problem | None, every: int, exact: bool = False) -> None:
         self._kfac = kfac
-        self._errors = None if kfac is None or twin is None else DirectionErrors(twin, kfac)
+        self._errors: dict[str, DirectionErrors] = {}
+        if kfac is not None and twin is not None:
+            kinds = {"measures": False} | ({"exact": True} if exact else {})
+            self._errors = {name: DirectionErrors(twin, kfac, kind) for name, kind in kinds.items()}
         self._every = every
         self._timers: list[PhaseTimer] = []
         self._seconds = 0.0
 
     def _due(self, step: int) -> bool:
-        return self._errors is not None and step % self._every == 0
+        return bool(self._errors) and step % self._every == 0
 
     def before(self, step: int, model: Problem) -> None:
         """Step number ``step`` (1, 2, ..) is about to be made."""
-        if self._errors is not None and self._due(step):
-            self._errors.before(model)
+        if self._due(step):
+            for errors in self._errors.values():
+                errors.before(model)
 
     def after(self, step: int, batch: Sequence[Tensor]) -> dict[str, Any]:
-        """It was made; the measures of it, where they are due."""
+        """It was made; ``measures`` of it, and ``exact`` ones, where they are due."""
         if self._kfac is not None and self._kfac.coarse is not None and self._kfac.metrics.timer is not None:
             self._timers.append(self._kfac.metrics.timer)
-        return {"measures": self._errors.after(batch)} if self._errors is not None and self._due(step) else {}
+        return {name: errors.after(batch) for name, errors in self._errors.items()} if self._due(step) else {}
 
     def coarse(self, seconds: float) -> dict[str, Any]:
         """The coarse level's numbers of the last step, and its phase's share of the time since the last reading.

@@ -243,7 +243,7 @@ def train(run: Run, data: InMemoryDataModule) -> Iterator[Line]:
     logged = Logged(model)
     twin = copy.deepcopy(model) if run.measure_every else None  # before anybody puts hooks into it
     stepper = method(run.method).build(model, entry.kfac, run.settings, run.seed)
-    watch = Watch(stepper.preconditioner, twin, run.measure_every)
+    watch = Watch(stepper.preconditioner, twin, run.measure_every, entry.few_outputs)
     data.setup("fit")
     loader = data.train_dataloader()
     clock, step, evaluated, marks, since = Clock(run.clock, run.device), 0, 0, sorted(run.marks), list[float]()

@@ -34,6 +34,7 @@ class Entry:
         kfac: K-FAC's keywords that belong to the loss (likelihood, loss_reduction, class_dim).
         note: initialisation, loss and data, and where they are not those of the literature.
         dense: at most 20,000 covered parameters, and no layer mixes samples: the natural gradient can be had exactly.
+        few_outputs: of these, the expectation over all targets can be had as well.
     """
 
     title: str
@@ -43,6 +44,7 @@ class Entry:
     kfac: Mapping[str, Any] = field(default_factory=lambda: {"likelihood": "bernoulli"})
     note: str = ""
     dense: bool = False
+    few_outputs: bool = False
 
     @property
     def unit(self) -> str:
@@ -123,6 +125,7 @@ PROBLEMS: dict[str, Entry] = {
         "samples; reported per output. In the spirit of Tselepidis et al. (2020), whose public toy problem classifies; "
         "sizes, loss and depth are ours.",
         dense=True,
+        few_outputs=True,
     ),
     "digits_cnn": Entry(
         title="small CNN on digits",
@@ -133,6 +136,7 @@ PROBLEMS: dict[str, Entry] = {
         note="In the place of the literature's convolutional networks where their data is not there: two convolutions "
         "and a linear layer on scikit-learn's 1,797 digits, PyTorch's own initialisation. Loss: cross-entropy.",
         dense=True,
+        few_outputs=True,
     ),
     "cifar_resnet20": Entry(
         title="ResNet-20 on CIFAR-10, or on enlarged digits",

@@ -181,3 +181,45 @@ def test_large_problems_are_not_measured() -> None:
         run_of("kfac", problem="mnist_autoencoder", measure_every=5)
     with pytest.raises(ValueError, match=r"measure_every=2.5 must be an integer"):
         run_of("kfac", measure_every=2.5)
+
+
+def test_the_exact_fisher_has_the_gradient_in_its_range(monkeypatch) -> None:
+    trained = Trained()
+    exact = DirectionErrors(trained.errors._twin, trained.kfac, exact=True)
+    trained.step()
+    found = exact.after(trained.batch)
+    # By hand: every target's gradient of every sample, weighted with its probability.
+    twin = exact._twin
+    columns = []
+    for image in trained.batch[0]:
+        logits = twin(image[None])
+        for pixel in range(6):
+            p = logits[0, pixel].sigmoid()
+            parts = torch.autograd.grad(
+                logits[0, pixel] * (p * (1 - p)).sqrt().detach(), list(twin.parameters()), retain_graph=True
+            )
+            columns.append(stacked(parts))
+    U = torch.stack(columns, dim=1)
+    F_l = U @ U.T / 40 + 0.05 * torch.eye(len(U), dtype=torch.float64)
+    twin.zero_grad()
+    twin.loss(trained.batch, "").backward()
+    gradient = stacked([p.grad for p in twin.parameters()])
+    natural = torch.linalg.solve(F_l, gradient)
+    direction = torch.cat([layer.gradient().flatten() for layer in trained.kfac.layers])
+    difference = direction - natural
+    assert found["error"] == pytest.approx(float((difference @ F_l @ difference) / (natural @ F_l @ natural)) ** 0.5)
+    outside = gradient - U @ torch.linalg.lstsq(U, gradient[:, None], driver="gelsd").solution[:, 0]
+    assert outside.norm() < 1e-8 * gradient.norm()
+
+
+def test_a_network_with_few_outputs_is_measured_with_the_exact_fisher_too(data) -> None:
+    assert PROBLEMS["digits_cnn"].few_outputs
+    assert not PROBLEMS["tiny"].few_outputs
+    digits = PROBLEMS["digits_cnn"].data()
+    digits.setup("fit")
+    lines = list(train(run_of("layer_step_momentum", "digits_cnn", epochs=0, seconds=0.2, measure_every=1), digits))
+    measured = [line for line in lines if "measures" in line]
+    assert measured
+    assert all(line["exact"].keys() == KEYS == line["measures"].keys() for line in measured)
+    assert all(line["exact"]["error_free"] < line["measures"]["error_free"] for line in measured)
+    assert all("exact" not in line for line in train(run_of("kfac", measure_every=3), data))

@@ -56,6 +56,8 @@ COLUMNS = (
     ("one level's", "measures", "error_one_level"),
     ("step-size-free", "measures", "error_free"),
     ("one level's", "measures", "error_free_one_level"),
+    ("step-size-free, exact", "exact", "error_free"),
+    ("one level's", "exact", "error_free_one_level"),
     ("decrease", "measures", "decrease"),
     ("coarse gain", "coarse", "decrease_ratio"),
     ("coarse share of the time", "coarse", "share"),
@@ -63,7 +65,9 @@ COLUMNS = (
 WORDS = (
     "Medians over all measured steps and seeds. Error: ‖d - d*‖ of the step's direction in the norm of the damped "
     "Fisher matrix, in units of ‖d*‖, d* being the dense natural gradient; beside it the one-level direction's at the "
-    "same gradient; step-size-free: the least over all multiples of the direction. Decrease: what the coarse level "
+    "same gradient; step-size-free: the least over all multiples of the direction. With the Fisher matrix of one draw "
+    "per sample most of the gradient lies outside its range, where no direction comes near d*; exact: with the "
+    "expectation over all targets, where the network has few enough outputs. Decrease: what the coarse level "
     "takes off the squared error, by the dense matrix. Coarse gain: the same as the coarse level computes it for its "
     "own Fisher samples and damping, in units of the one-level direction's squared norm. Share: of a step's time."
 )
