@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 import types
 import warnings
@@ -21,6 +22,7 @@ from kfac_dist.coarse import coarse_spaces
 from kfac_dist.comm import communicators
 from kfac_dist.launch import __main__ as command
 from kfac_dist.launch.base import launchers
+from kfac_dist.launch.study import parser_of_studies
 from kfac_dist.layers import layers
 from kfac_dist.likelihoods import likelihoods
 
@@ -38,6 +40,10 @@ SHOWN = {
     ),
 }
 # Job scripts that users submit -> the tests of their text and, on two virtual nodes, of what they do.
+# Scripts: page and first words -> the test of what they submit.
+SCRIPTS = {
+    ("docs/study/index.md", "for stage in"): "slurm/test_slurm.py::test_the_tasks_of_an_array_share_a_studys_stage"
+}
 SLURM = "slurm/test_slurm.py::test_"
 SUBMITTED = {
     "launch/jobs/srun.sbatch": f"{SLURM}a_copied_job_script_ends_with_the_weights_of_one_process",
@@ -94,9 +100,12 @@ def python(block: Block) -> None:
 
 
 def yaml(block: Block) -> None:
-    """Hand it to the parser of ``kfac-dist fit``, as a configuration."""
+    """Hand it to the parser of ``kfac-dist study`` or ``fit``, as a configuration."""
     Path("block.yaml").write_text(block.text, encoding="utf-8")
-    parses("fit", "--config", "block.yaml")
+    if block.text.startswith("plan:"):
+        studies("block.yaml")
+    else:
+        parses("fit", "--config", "block.yaml")
 
 
 def text(block: Block) -> None:
@@ -107,7 +116,15 @@ def text(block: Block) -> None:
 
 
 def bash(block: Block) -> None:
-    """Run or check each of its commands."""
+    """Run or check each of its commands; of a script with a loop, its syntax, its files and its test."""
+    for (page, start), test in SCRIPTS.items():
+        if page == block.page and block.text.startswith(start):
+            assert exists(test), f"there is no {test}"
+            assert [
+                p for p in re.findall(r"\b(?:configs|launch)/[\w./-]+", block.text) if not (ROOT / p).exists()
+            ] == []
+            subprocess.run(["bash", "-n"], input=block.text, text=True, check=True, timeout=30)
+            return
     lines = block.text.replace("\\\n", " ").splitlines()
     commands = [words for line in lines if (words := shlex.split(line, comments=True))]
     assert commands, "no command in it"
@@ -139,7 +156,7 @@ def check(words: list[str]) -> None:
 
 
 def kfac_dist(arguments: list[str]) -> None:
-    """``launch`` shows what it would start, trainings are only parsed, all else runs."""
+    """``launch`` shows what it would start, trainings and studies are only parsed, what only shows something runs."""
     arguments = [str(ROOT / FILE) if word == "FILE" else word for word in arguments]
     if "--" in arguments:
         split = arguments.index("--")
@@ -148,8 +165,18 @@ def kfac_dist(arguments: list[str]) -> None:
         kfac_dist(arguments[split + 1 :])
     elif arguments[0] in ("fit", "validate", "test", "predict"):
         parses(*arguments)
-    else:
+    elif arguments[0] == "study":
+        studies(*arguments[1:])
+    elif arguments[0] in ("inspect", "plan"):
         assert command.main(arguments) == 0
+    else:
+        pytest.fail(f"no rule for kfac-dist {shlex.join(arguments)}")
+
+
+def studies(file: str, *options: str) -> None:
+    """The plan is built, with the options; a study takes too long to be run here."""
+    parser = parser_of_studies()
+    parser.instantiate(parser.parse_args(["--config", file, *options]))
 
 
 def parses(*arguments: str) -> None:
@@ -211,8 +238,8 @@ def test_every_page_and_every_language_has_its_blocks():
 
 
 def test_every_entry_of_the_tables_is_in_use():
-    shown = {(page, start) for page, start in SHOWN for b in BLOCKS if b.page == page and start in b.text}
-    assert shown == set(SHOWN)
+    named = [*SHOWN, *SCRIPTS]
+    assert [(p, start) for p, start in named if not any(b.page == p and start in b.text for b in BLOCKS)] == []
     assert {path for path in SUBMITTED if any(path in block.text for block in BLOCKS)} == set(SUBMITTED)
 
 
@@ -229,6 +256,8 @@ def test_every_entry_of_the_tables_is_in_use():
         ("```bash\nkfac-dist fit --config configs/none.yaml\n```", "none.yaml"),
         ("```bash\nkfac-dist launch torchrun -n 4 --nonsense -- fit --config FILE\n```", "--nonsense"),
         ("```bash\nkfac-dist launch torchrun -n 4 -- fit --config FILE --trainer.epochs=1\n```", "trainer.epochs"),
+        ("```yaml\nplan: {title: x, problems: {nothing: {epochs: 1, seconds: 1}}, methods: [adam]}\n```", "nothing"),
+        ("```bash\nkfac-dist study configs/study/quick.yaml --nonsense\n```", "nonsense"),
         ("```bash\nkfac-dist plan --layers resnet51\n```", "resnet51"),
         ("```bash\nsbatch launch/jobs/none.sbatch fit --config FILE\n```", "none.sbatch"),
         ("```bash\nsbatch --nonsense=2 launch/jobs/srun.sbatch fit --config FILE\n```", "--nonsense"),
