@@ -269,7 +269,9 @@ def test_every_entry_of_the_tables_is_in_use():
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 def test_a_wrong_block_fails(block, complaint, tmp_path, monkeypatch, capsys):
     (made,) = blocks("page.md", block)
-    with pytest.raises((AssertionError, AttributeError, KeyError, SystemExit, pytest.fail.Exception)) as caught:
+    with pytest.raises(
+        (AssertionError, AttributeError, KeyError, SystemExit, ValueError, pytest.fail.Exception)
+    ) as caught:
         examine(made, tmp_path, monkeypatch)
     assert complaint in f"{caught.value} {capsys.readouterr().err}"
 
