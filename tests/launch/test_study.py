@@ -108,7 +108,7 @@ def test_a_study_needs_its_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert "name the study's file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["quick", "paper"])
+@pytest.mark.parametrize("name", ["quick", "paper", "cluster"])
 def test_the_profiles_that_come_with_the_project_are_whole(name: str, tmp_path: Path) -> None:
     parser = parser_of_studies()
     file = Path(__file__).parents[2] / "configs" / "study" / f"{name}.yaml"

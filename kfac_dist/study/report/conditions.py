@@ -77,8 +77,9 @@ def problem_words(results: Results) -> str:
     quiet = f" {quiet_words(runs)}" if runs and protocol.clock == "wall" and protocol.seconds else ""
     where = f"{protocol.threads} thread{'s' * (protocol.threads != 1)}, device {protocol.device}"
     ends = enumerated([end.words for end in budgets(protocol)])
+    note = f"{entry.note} " if entry.note else ""
     return (
-        f"Loss: {entry.unit}.{size} {protocol.trials} trials of {protocol.tuning_epochs} epochs per method, then "
+        f"{note}Measured: {entry.unit}.{size} {protocol.trials} trials of {protocol.tuning_epochs} epochs each, then "
         f"{len(protocol.seeds)} seeds until {ends} are over; {where}.{quiet}"
     )
 
