@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--task {options.task} of --tasks {options.tasks}: it counts from 0")
     if options.processes < 1:
         parser.error(f"--processes {options.processes} must be at least 1")
+    if not options.timeout > 0:
+        parser.error(f"--timeout {options.timeout:g} must be above 0 minutes")
     try:
         plan = parser.instantiate(options).plan
         if options.stage != "report":
@@ -55,17 +59,27 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if options.stage in ("all", "report") and not options.estimate and options.tasks == 1:
         report = (options.report or folder).resolve()
-        write_report(_study(plan, name, Path(str(options.config[0])), folder), folder, report)
+        command = shlex.join([*PROGRAM.split(), "study", os.path.relpath(str(options.config[0])), *_changes(arguments)])
+        write_report(_study(plan, name, command, folder), folder, report)
         console.print(f"written: {report / 'report.html'} and report.md")
     return 0
 
 
-def _study(plan: StudyPlan, name: str, file: Path, folder: Path) -> Study:
+def _changes(arguments: Sequence[str]) -> list[str]:
+    """The options that take the place of the file's."""
+    found: list[str] = []
+    for option, value in pairwise([*arguments, ""]):
+        if option.startswith("--plan"):
+            found += [option] if "=" in option else [option, value]
+    return found
+
+
+def _study(plan: StudyPlan, name: str, command: str, folder: Path) -> Study:
     sides = plan.runs("side", folder)
     return Study(
         name=name,
         title=plan.title,
-        command=f"{PROGRAM} study {os.path.relpath(file)}",
+        command=command,
         protocols=plan.protocols,
         methods={problem: plan.methods_of(problem) for problem in plan.problems},
         side={problem: tuple(run for run in sides if run.problem == problem) for problem in plan.problems},
@@ -85,6 +99,7 @@ def parser_of_studies() -> ArgumentParser:
     parser.add_argument("--folder", type=Path, help="of the runs; default: outputs/study/NAME")
     parser.add_argument("--report", type=Path, help="folder of the report; default: that of the runs")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1)), help="runs at a time")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="MINUTES", help="for one run; then all stops")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="refuse a plan whose estimate is beyond it")
     parser.add_argument("--estimate", action="store_true", help="say how long it would take, and run nothing")
     parser.add_argument("--stage", choices=["all", *STAGES, "report"], default="all", help="for jobs: one stage only")
@@ -117,7 +132,8 @@ def _run(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namesp
         )
 
     for stage in stages:
-        run_all(plan.runs(stage, folder)[options.task :: options.tasks], folder, options.processes, told)
+        share = plan.runs(stage, folder)[options.task :: options.tasks]
+        run_all(share, folder, options.processes, told, timeout=MINUTE * options.timeout)
     return True
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kfac_dist.config import check_positive_int
 from kfac_dist.study.methods import method
 from kfac_dist.study.readings import training_loss
 from kfac_dist.study.run import Line, Run
@@ -36,7 +37,7 @@ class Protocol:
         measure_every: steps between dense measures of the error in the runs that are compared; see ``Run``.
 
     Raises:
-        ValueError: the trials' seed among ``seeds``, or no seed at all.
+        ValueError: the trials' seed among ``seeds``, a seed twice or none at all; no trial, or one without an epoch.
     """
 
     problem: str
@@ -55,6 +56,10 @@ class Protocol:
     def __post_init__(self) -> None:
         if TUNING_SEED in self.seeds or not self.seeds:
             raise ValueError(f"seeds={list(self.seeds)}: give at least one, but not {TUNING_SEED}, that of the trials")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)}: give each once; a seed's second run would be its first again")
+        check_positive_int("trials", self.trials)
+        check_positive_int("tuning_epochs", self.tuning_epochs)
 
     def evaluations(self) -> tuple[float, ...]:
         """Seconds at which the losses are evaluated: at equal distances, and at the marks."""

@@ -65,6 +65,7 @@ def execute(run: Run, data: InMemoryDataModule, path: Path) -> None:
     began = time.perf_counter()
     log = path.with_suffix(".log")
     log.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)  # a new file: the process of a study that was killed may still write to the old one
     try:
         with path.open("w", buffering=1) as file:
             header = {"run": run.header(), "torch": torch.__version__, "machine": machine(), "version": __version__}
@@ -132,7 +133,8 @@ def run_all(
 
 def failure(run: Run, exitcode: int | None, folder: Path, timeout: float) -> str:
     """What happened to a run whose process did not end well."""
-    what = f"took more than {timeout:g} s" if exitcode is None else f"ended with status {exitcode}"
+    late = f"took more than timeout={timeout:g} s: give it more time (--timeout MINUTES) or a smaller budget"
+    what = late if exitcode is None else f"ended with status {exitcode}"
     log = file_of(run, folder).with_suffix(".log")
     return f"{run.method} ({run.label}, seed {run.seed}) {what}\n{log.read_text() if log.exists() else ''}"
 

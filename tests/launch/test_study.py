@@ -68,6 +68,20 @@ def test_a_report_of_an_unfinished_study_says_so_and_runs_nothing(file: Path) ->
     assert "Incomplete: " in (file.parent / "page" / "report.md").read_text()
 
 
+def test_the_report_names_the_command_with_what_was_changed_in_the_plan(file: Path) -> None:
+    changes = ["--plan.seeds", "[0, 1, 2]", "--plan.trials=2"]
+    assert study(file, *changes, "--stage", "report") == 0
+    text = (file.parent / "runs" / "report.md").read_text()
+    assert "mine.yaml --plan.seeds '[0, 1, 2]' --plan.trials=2`" in text
+
+
+def test_the_timeout_is_that_of_a_run_in_minutes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr("kfac_dist.launch.study.run_all", lambda *args, timeout: given.append(timeout))
+    assert study(file, "--stage", "tuning", "--tasks", "2", "--timeout", "30") == 0
+    assert given == [1800.0]
+
+
 def test_a_plan_beyond_the_budget_is_refused(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study(file, "--budget", "0.001") == 1
     assert "are more than --budget 0.001" in capsys.readouterr().out
@@ -91,6 +105,7 @@ def test_an_array_of_jobs_shares_a_stage(file: Path) -> None:
         (["--plan.methods", "[adamm]"], "unknown method 'adamm'"),
         (["--task", "2", "--tasks", "2"], "--task 2 of --tasks 2: it counts from 0"),
         (["--processes", "0"], "--processes 0"),
+        (["--timeout", "0"], "--timeout 0 must be above 0 minutes"),
         (["--plan.device", "xpu:7", "--plan.clock", "wall"], "device='xpu:7' cannot be used here"),
     ],
 )

@@ -176,6 +176,24 @@ def test_a_finished_run_is_one_with_these_settings_and_an_end(data, tmp_path: Pa
         assert not finished(run, tmp_path)
 
 
+def test_a_run_whose_process_outlived_its_study_does_not_disturb_the_next_one(data, tmp_path: Path) -> None:
+    path = file_of(tiny(), tmp_path)
+    path.parent.mkdir(parents=True)
+    with path.open("w", buffering=1) as orphan:
+        orphan.write("half a")
+        execute(tiny(), data, path)
+        whole = path.read_text()
+        orphan.write(" line\n")
+    assert path.read_text() == whole
+    assert finished(tiny(), tmp_path)
+
+
+def test_a_run_that_takes_too_long_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RunFailedError, match=r"took more than timeout=0.2 s: give it more time \(--timeout MINUTES\)"):
+        run_all([tiny(epochs=0, seconds=60.0)], tmp_path, 1, timeout=0.2)
+    assert not finished(tiny(epochs=0, seconds=60.0), tmp_path)
+
+
 @pytest.mark.slow
 def test_processes_run_what_is_not_finished_and_a_failure_ends_with_its_message(tmp_path: Path) -> None:
     runs = [tiny(name, seed) for name in ("sgd", "adam") for seed in (0, 1)]

@@ -28,12 +28,14 @@ class Found:
         settings: what the trials chose; None: trials are missing.
         finals: the finished runs with these settings.
         twins: those of the one-level form at this method's settings.
+        failed: the runs that ended with an error, trials included, each with its error.
     """
 
     trials: Mapping[int, float]
     settings: Mapping[str, Any] | None
     finals: Seeds
     twins: Seeds
+    failed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,15 @@ def by_seed(runs: Iterable[Run], folder: Path) -> dict[int, Lines]:
     return {run.seed: lines for run, lines in zip(runs, read(runs, folder), strict=True) if lines}
 
 
+def failures(runs: Mapping[str, Lines]) -> tuple[str, ...]:
+    """Those that ended with an error, in words, each with its error."""
+    return tuple(
+        f"{words}: {lines[-1].get('error', 'it does not say why')}"
+        for words, lines in runs.items()
+        if lines and lines[-1]["end"] == "failed"
+    )
+
+
 def collect_problem(protocol: Protocol, names: Sequence[str], side: Sequence[Run], folder: Path) -> Results:
     """One problem's part."""
     chosen = {name: protocol.chosen(name, folder) for name in names}
@@ -84,7 +95,10 @@ def collect_problem(protocol: Protocol, names: Sequence[str], side: Sequence[Run
         twins = by_seed(protocol.twin(name, known), folder) if name in known and form in known else {}
         missing += len(trials) - len(losses) + len(protocol.seeds) - len(finals)
         missing += len(protocol.seeds) - len(twins) if form in names and method(name).space else 0
-        methods[name] = Found(trials=losses, settings=chosen[name], finals=finals, twins=twins)
+        runs = {f"trial {i}": each for i, each in enumerate(trials)}
+        runs |= {f"seed {seed}": each for seed, each in finals.items()}
+        runs |= {f"one level at its settings, seed {seed}": each for seed, each in twins.items()}
+        methods[name] = Found(trials=losses, settings=chosen[name], finals=finals, twins=twins, failed=failures(runs))
     lines = read(side, folder)
     return Results(
         entry=PROBLEMS[protocol.problem],

@@ -111,6 +111,9 @@ def _differ_in_space_only(name: str, other: str) -> bool:
 def headline(results: Results, kind: str | None = None) -> str | None:
     """The two-level method that the TRIALS ranked best, so that the seeds that are compared do not choose it.
 
+    Only methods that were tuned as their one-level form was: one for which nothing is searched may differ from it in
+    more than the coarse level (both dampings adaptive), and has no run of that form at its own settings to tell.
+
     Args:
         results: of one problem.
         kind: "paper" or "ours"; None: either.
@@ -119,5 +122,6 @@ def headline(results: Results, kind: str | None = None) -> str | None:
         None where no such method has final runs.
     """
     kinds = ("paper", "ours") if kind is None else (kind,)
-    names = [name for name in results.ran if family(name) in kinds and method(name).one_level in results.ran]
+    tuned = [name for name in results.ran if family(name) in kinds and method(name).space]
+    names = [name for name in tuned if method(name).one_level in results.ran]
     return min(names, key=lambda name: min(results.ran[name].trials.values()), default=None)

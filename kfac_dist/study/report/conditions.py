@@ -24,12 +24,13 @@ PROTOCOL = (
     f"quasi-random points, all of seed {TUNING_SEED}; the settings with the lowest training loss are chosen. They then "
     "run with fresh seeds until both budgets, epochs and seconds, are used up. Runs of one seed begin with the same "
     "weights and see the same batches, whatever the method. Seconds are those of the training steps, evaluations left "
-    "out. Each two-level method's one-level form runs once more at that method's own settings (all but the learning "
-    "rate and the clip, which two levels do not share with one). Losses are means over all training samples; held-out "
-    "losses are medians over the seeds. Square brackets: the median's interval by percentile bootstrap over the seeds "
-    f"({LEVEL:.0%}, {RESAMPLES:,} resamples); with five seeds it is their whole range, which holds the median in 94 of "
-    "100 cases. Each interval stands by itself: none is corrected for the number of comparisons. A run that diverged "
-    'or failed counts as the worst of all: its loss is infinite ("∞"). A dash: not reached, or nothing to compare with.'
+    "out. Each two-level method's one-level form runs once more at that method's damping and, where it has one, "
+    "learning rate; the rest, the clip included, is the one-level form's own. Losses are means over all training "
+    "samples; held-out losses are medians over the seeds. Square brackets: the median's interval by percentile "
+    f"bootstrap over the seeds ({LEVEL:.0%}, {RESAMPLES:,} resamples); with five seeds it is their whole range, which "
+    "holds the median in 94 of 100 cases. Each interval stands by itself: none is corrected for the number of "
+    'comparisons. A run that diverged or failed counts as the worst of all: its loss is infinite ("∞"). A dash: not '
+    "reached, or nothing to compare with."
 )
 
 
@@ -82,6 +83,12 @@ def problem_words(results: Results) -> str:
         f"{note}Measured: {entry.unit}.{size} {protocol.trials} trials of {protocol.tuning_epochs} epochs each, then "
         f"{len(protocol.seeds)} seeds until {ends} are over; {where}.{quiet}"
     )
+
+
+def failed_words(results: Results) -> list[str]:
+    """The errors of the runs that failed: not every one is the method's fault."""
+    errors = [f"- {method(name).title}, {each}" for name, found in results.methods.items() for each in found.failed]
+    return ["Runs that ended with an error, and count as diverged:", "", *errors, ""] if errors else []
 
 
 def settings_table(results: Results) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from kfac_dist.study.methods import method
 from kfac_dist.study.report.budgets import budgets
 from kfac_dist.study.report.collect import Results
-from kfac_dist.study.report.conditions import PROTOCOL, machines, problem_words, settings_table
+from kfac_dist.study.report.conditions import PROTOCOL, failed_words, machines, problem_words, settings_table
 from kfac_dist.study.report.drawing import save
 from kfac_dist.study.report.measures import measures_table
 from kfac_dist.study.report.pictures import pictures
@@ -50,6 +50,7 @@ def problem(name: str, results: Results, folder: Path) -> list[str]:
         lines += [f"Incomplete: {results.missing} runs of this problem have not finished.", ""]
     waiting = [method(each).title for each in results.methods if each not in results.ran]
     lines += [f"Without a finished run so far: {'; '.join(waiting)}.", ""] if waiting else []
+    lines += failed_words(results)
     if results.ran:
         drawn = {}
         for kind, words, figure in pictures(results):
@@ -84,6 +85,8 @@ def target_words(results: Results) -> list[str]:
     if aim is None:
         return []
     return [
-        f"The target is {loss(aim[0])}: the median of {method(aim[1]).title}, the best first-order method, at the end.",
+        f"The target is {loss(aim[0])}: the median of {method(aim[1]).title}, the best first-order method, after "
+        f"{budgets(results.protocol)[-1].words}. Methods that take longer for their epochs run on and may reach it "
+        "later; for the others a dash says nothing about what comes after.",
         "",
     ]

@@ -13,7 +13,9 @@ from kfac_dist.study.report.words import NEVER, loss, milliseconds, table
 from kfac_dist.study.run import Run
 
 WORDS = (
-    "One run each, of one seed: an indication. Ratios are to one-level K-FAC in the same list. Coarse gain and share: "
+    "One run each, of one seed: an indication. Spaces that correct a direction run at the settings that the trials "
+    "chose for one-level K-FAC, those that choose the step at those chosen for layer_step_momentum; at the defaults "
+    "where the study has no such trials. Ratios are to one-level K-FAC in the same list. Coarse gain and share: "
     "medians over the run of what the coarse level takes off the squared error, in units of the one-level direction's "
     "squared norm, and of its share of a step's time."
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 
 from kfac_dist.study.intervals import FEWEST_SEEDS, MARGIN
 from kfac_dist.study.methods import method
@@ -55,7 +57,8 @@ def by_how_much(found: Comparison) -> str:
     low, high = change(found.ratio.low), change(found.ratio.high)
     between = f", between {low} and {high}" if low != high else ""
     seeds = f"lower in {share(found.won)} of {found.ratio.count} seed{'s' * (found.ratio.count != 1)}"
-    return f"{change(found.ratio.middle)}{between}, {seeds}"
+    both = found.ratio.middle == 1 and all(map(math.isinf, found.losses))
+    return f"{'infinite, as both diverged' if both else change(found.ratio.middle)}{between}, {seeds}"
 
 
 def sentence(found: Comparison) -> str:
@@ -76,7 +79,7 @@ def paragraph(results: Results) -> str:
     parts = [f"The trials rank {title} best of the two-level methods; without its coarse level it is {form}.", ""]
     for settings, words in (
         (OWN, "Each at its own settings"),
-        (SAME, f"{form} at the settings of the two-level method"),
+        (SAME, f"{form} at the settings of the two-level method, its own clip aside"),
     ):
         some = [sentence(each) for each in found if each.settings == settings]
         parts += [f"- {words}: {'; '.join(some)}."] if some else []
@@ -135,26 +138,40 @@ def ends_of(results: Results) -> tuple[str | None, str | None]:
 
 
 def summary(found: Mapping[str, Results]) -> str:
-    """One sentence over all problems: on how many the headline method helps, and on how many not."""
+    """Over all problems: on how many the headline method helps, and on how many more than one scalar would."""
+    against = counted(found, against_one_level)
+    if not against:
+        return "No two-level method has been compared with its one-level form yet."
+    text = (
+        "The two-level method that the trials rank best, against the same method without its coarse level, each at its "
+        f"own tuned settings: {against}."
+    )
+    scalar = counted(found, against_scalar)
+    if not scalar:
+        return text
+    return (
+        f"{text} Where it has a coefficient per layer, against its form with one for the whole net, which is a "
+        f"rescaling and no coarse level: {scalar}."
+    )
+
+
+def counted(found: Mapping[str, Results], compared: Callable[[Results, str], list[Comparison]]) -> str:
+    """How often each verdict falls on the headline methods, per epoch and per second; nothing where none falls."""
     parts = []
     for index, words in enumerate(("per epoch", "per second")):
-        verdicts: dict[str, int] = {}
+        falls = []
         for results in found.values():
             name, end = headline(results), ends_of(results)[index]
-            for each in against_one_level(results, name) if name else []:
-                if each.settings == OWN and each.budget.words == end:
-                    verdicts[each.ratio.verdict] = verdicts.get(each.ratio.verdict, 0) + 1
+            pairs = compared(results, name) if name else []
+            falls += [each for each in pairs if each.settings == OWN and each.budget.words == end]
+        verdicts = Counter(each.ratio.verdict for each in falls)
         if verdicts:
-            counted = enumerated([f"{word} on {count}" for word, count in verdicts.items()])
-            plainly = "" if "helps" in verdicts else " (nowhere is it ahead beyond the noise of the seeds)"
-            total = sum(verdicts.values())
-            parts.append(f"{words}, of {total} problem{'s' * (total != 1)}: {counted}{plainly}")
-    if not parts:
-        return "No two-level method has been compared with its one-level form yet."
-    return (
-        "The two-level method that the trials rank best, against the same method without its coarse level, each at its "
-        f"own tuned settings: {'; '.join(parts)}."
-    )
+            counts = enumerated([f"{word} on {count}" for word, count in verdicts.items()])
+            few = all(each.ratio.count < FEWEST_SEEDS for each in falls)
+            nowhere = "too few seeds for a verdict" if few else "nowhere is it ahead beyond the noise of the seeds"
+            plainly = "" if "helps" in verdicts else f" ({nowhere})"
+            parts.append(f"{words}, of {len(falls)} problem{'s' * (len(falls) != 1)}: {counts}{plainly}")
+    return "; ".join(parts)
 
 
 RULE = (

@@ -94,6 +94,18 @@ def test_an_incomplete_study_gives_a_report_of_what_is_there(tmp_path: Path) -> 
     assert (tmp_path / "report" / "report.html").read_text().count("<img ") == 2  # no first-order method: no target
 
 
+def test_the_errors_of_failed_runs_are_told(tmp_path: Path) -> None:
+    bad = made(1.0, "failed", epochs=3)
+    bad[-1] |= {"error": "RuntimeError: shapes"}
+    store_method(PROTOCOL, "adam", [made(1.0), bad], tmp_path, [made(1.0), bad])
+    write_report(study("adam"), tmp_path, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "\n- Adam, trial 1: RuntimeError: shapes\n- Adam, seed 1: RuntimeError: shapes\n\n" in text
+    store_method(PROTOCOL, "adam", [made(1.0)] * 2, tmp_path)
+    write_report(study("adam"), tmp_path, tmp_path / "report")
+    assert "ended with an error" not in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_a_study_without_any_run_gives_a_report_too(tmp_path: Path) -> None:
     write_report(study("adam", ONE), tmp_path, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()

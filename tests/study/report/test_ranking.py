@@ -107,7 +107,8 @@ def measured(factor: float, rate: float = 1.0, **clock: float) -> list[dict]:
     for step in (6, 12):
         where = {"epoch": step / 18, "step": step, "seconds": 1.0, "cpu_seconds": 1.0}
         errors = {"error": factor * step, "error_free": 0.5, "error_one_level": 9.0, "error_free_one_level": 0.75}
-        lines.insert(-2, where | {"measures": errors | {"decrease": 0.25}})
+        exact = {"error_free": 0.375, "error_free_one_level": 0.625}
+        lines.insert(-2, where | {"measures": errors | {"decrease": 0.25}, "exact": exact})
         lines.insert(-2, where | {"batch_loss": 0.3, "coarse": {"decrease_ratio": factor, "share": 0.125}})
     lines.insert(
         -1, {"epoch": 10, "step": 180, "interactions": [[1.0, factor / 10], [factor / 10, 1.0]], "layers": ["a", "b"]}
@@ -121,7 +122,8 @@ def test_measures_are_medians_of_what_the_runs_hold(tmp_path: Path) -> None:
     found = collected(tmp_path, TWO, "adam")
     runs = found.methods[TWO].finals
     assert series(runs, "measures", "error") == [(6 / 18, 12.0), (12 / 18, 24.0)]
-    assert cells(measures_table(found), TWO_TITLE)[1:] == ["15", "9", "0.5", "0.75", "0.25", "2", "0.125"]
+    shown = ["15", "9", "0.5", "0.75", "0.375", "0.625", "0.25", "2", "0.125"]
+    assert cells(measures_table(found), TWO_TITLE)[1:] == shown
     layers, matrix = interactions(runs) or ([], None)
     assert layers == ["a", "b"]
     assert matrix is not None

@@ -51,7 +51,7 @@ def test_the_paragraph_follows_the_numbers(tmp_path: Path, rate: list[float], ve
 
 def test_the_same_settings_have_a_verdict_of_their_own(tmp_path: Path) -> None:
     text = paragraph(results(tmp_path, {ONE: 1.0, TWO: 2.0}, {TWO: 4.0}))
-    own, same = text.split("K-FAC, factored damping at the settings of the two-level method: ")
+    own, same = text.split("K-FAC, factored damping at the settings of the two-level method, its own clip aside: ")
     assert "after 10 epochs **helps**" in own
     assert "after 10 epochs **harms**" in same
 
@@ -75,6 +75,32 @@ def test_the_trials_choose_whom_the_verdict_is_about(tmp_path: Path) -> None:
     assert headline(found) == other  # its final runs are the worse ones
     assert "after 10 epochs **harms**" in paragraph(found)
     assert headline(found, "paper") is None
+
+
+def test_the_verdict_is_about_a_method_that_was_tuned_as_its_one_level_form_was(tmp_path: Path) -> None:
+    found = results(tmp_path, {ONE: 1.0, TWO: 2.0, "rate_free_adaptive": 9.0})
+    assert headline(found) == headline(found, "ours") == TWO  # the other's trial is the best, and its only one
+    alone = collected(tmp_path, ONE, "rate_free_adaptive")
+    assert headline(alone) is None
+    assert "no verdict" in paragraph(alone)
+
+
+def test_the_summary_holds_the_scalar_baseline_against_the_coarse_level(tmp_path: Path) -> None:
+    first = results(tmp_path / "1", {ONE: 1.0, TWO: 2.0, SCALAR: 2.0})
+    second = results(tmp_path / "2", {ONE: 1.0, TWO: 2.0, SCALAR: 0.5})
+    own, scalar = summary({"1": first, "2": second}).split(" Where it has a coefficient per layer, ")
+    assert "per epoch, of 2 problems: helps on 2; per second, of 2 problems: helps on 2." in own
+    assert "per epoch, of 2 problems: does not help on 1 and helps on 1; per second, of 2 problems" in scalar
+    assert "scalar" not in summary({"1": results(tmp_path / "3", {ONE: 1.0, TWO: 2.0})})
+
+
+def test_where_both_diverged_their_losses_are_not_called_equal(tmp_path: Path) -> None:
+    bad = made(2.0)
+    bad[-2], bad[-1] = bad[-2] | {"loss": 7.0}, bad[-1] | {"end": "diverged"}
+    for name in (ONE, TWO):
+        store_method(PROTOCOL, name, [bad] * 5, tmp_path, [made(2.0)] * 2)
+    text = paragraph(collected(tmp_path, ONE, TWO))
+    assert "**does not help** (loss infinite, as both diverged, lower in 50 % of 5 seeds)" in text
 
 
 def test_each_family_has_a_headline_of_its_own(tmp_path: Path) -> None:
@@ -117,6 +143,7 @@ def test_few_seeds_give_no_verdict(tmp_path: Path) -> None:
     found = results(tmp_path, {ONE: 1.0, TWO: 3.0}, protocol=Protocol(problem="tiny", trials=2, seeds=(0, 1)))
     text = paragraph(found)
     assert "after 10 epochs **undecided**, too few seeds for a verdict (loss 65 % lower, lower in 100 % of 2" in text
+    assert "undecided on 1 (too few seeds for a verdict)" in summary({"tiny": found})
 
 
 def test_without_a_pair_there_is_no_verdict(tmp_path: Path) -> None:
