@@ -41,9 +41,7 @@ SHOWN = {
 }
 # Job scripts that users submit -> the tests of their text and, on two virtual nodes, of what they do.
 # Scripts: page and first words -> the test of what they submit.
-SCRIPTS = {
-    ("docs/study/index.md", "for stage in"): "slurm/test_slurm.py::test_the_tasks_of_an_array_share_a_studys_stage"
-}
+SCRIPTS = {("docs/study/index.md", "job="): "slurm/test_slurm.py::test_the_tasks_of_an_array_share_a_studys_stage"}
 SLURM = "slurm/test_slurm.py::test_"
 SUBMITTED = {
     "launch/jobs/srun.sbatch": f"{SLURM}a_copied_job_script_ends_with_the_weights_of_one_process",
