@@ -62,7 +62,7 @@ class StudyPlan:
         trials: points of each method's search space, the documented default first.
         tuning_epochs: length of a trial.
         seeds: of the runs that are compared; not 100, which the trials use.
-        clock: whose seconds: "cpu" for runs of one thread (other work on the machine does not disturb them), "wall"
+        clock: whose seconds: "cpu" for runs of one thread (they leave out what other work on the machine takes), "wall"
             with several threads or a GPU.
         threads: of torch, in each run.
         device: of each run: "cpu", "cuda" or "cuda:1".

@@ -56,13 +56,18 @@ def machines(found: Mapping[str, Results]) -> list[str]:
     return [*ran, f"- Report: {machine()}, kfac-dist {__version__}"]
 
 
-def quiet_words(runs: Iterable[Lines]) -> str:
-    """Whether the timed runs had their core to themselves."""
+def quiet_words(runs: Iterable[Lines], clock: str) -> str:
+    """Whether the timed runs had their core to themselves, and what it means for the seconds of the clock."""
     shares = sorted(lines[-1]["cpu_seconds"] / max(1e-9, lines[-1]["seconds"]) for lines in runs)
     least, middle = (shares[0], statistics.median(shares)) if shares else (math.nan, math.nan)
     said = f"Share of a core that the timed runs got: least {least:.2f}, median {middle:.2f}. "
     if shares and least >= QUIET:
         return said + "The machine was quiet."
+    if clock == "cpu":
+        return said + (
+            "**The machine was not quiet.** CPU seconds leave out what others took, but not what sharing its caches "
+            "and memory costs: take them as rough."
+        )
     return said + "**The machine was not quiet: take the seconds as rough.**"
 
 
@@ -75,7 +80,8 @@ def problem_words(results: Results) -> str:
         train, held_out = lines[1]["samples"]
         size = f" Batch {lines[1]['batch_size']}, {train:,} samples for training and {held_out:,} held out."
     runs = [lines for found in results.ran.values() for lines in found.finals.values()]
-    quiet = f" {quiet_words(runs)}" if runs and protocol.clock == "wall" and protocol.seconds else ""
+    timed = runs and protocol.seconds and protocol.device == "cpu"  # a step on a GPU may well leave the CPU idle
+    quiet = f" {quiet_words(runs, protocol.clock)}" if timed else ""
     where = f"{protocol.threads} thread{'s' * (protocol.threads != 1)}, device {protocol.device}"
     ends = enumerated([end.words for end in budgets(protocol)])
     note = f"{entry.note} " if entry.note else ""

@@ -113,8 +113,11 @@ def cell(results: Results, kind: str, words: str) -> str:
     for each in found:
         if each.settings == OWN and each.budget.words == words:
             return f"**{each.ratio.verdict}**, {ratio_interval(each.ratio)} ({method(each.name).title})"
-    if any(family(each) == kind for each in results.methods):
+    kin = [each for each in results.methods if family(each) == kind]
+    if any(method(each).space and method(each).one_level in results.methods for each in kin):
         return "not finished"
+    if kin:
+        return "none that was tuned beside its one-level form"
     tried = any(family(run.method) == kind for run, lines in results.side if lines)
     return "only in the side table" if tried else "did not run"
 

@@ -151,6 +151,9 @@ def test_without_a_pair_there_is_no_verdict(tmp_path: Path) -> None:
     assert "no verdict" in paragraph(found)
     assert comparisons(found) == []
     assert "did not run" in overall({"tiny": found})[3]
+    assert overall({"tiny": found})[4].count("none that was tuned beside its one-level form") == 2
+    assert overall({"tiny": collected(tmp_path, ONE, TWO)})[4].count("not finished") == 2
+    assert overall({"tiny": collected(tmp_path, ONE, "rate_free")})[4].count("none that was tuned beside") == 2
     assert "No two-level method has been compared" in summary({"tiny": found})
 
 
