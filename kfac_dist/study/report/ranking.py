@@ -30,12 +30,16 @@ def order(results: Results, budget: Budget | None = None) -> list[str]:
 
 
 def target(results: Results) -> tuple[float, str] | None:
-    """The median loss of the best first-order method at the end of the seconds, and whose it is."""
+    """The median loss of the best first-order method at the end of the seconds, and whose it is.
+
+    Of an even number of seeds the upper of the two in the middle, which more than half of them reach.
+    """
     last = budgets(results.protocol)[-1]
     names = [name for name in FIRST_ORDER if name in results.ran]
     if last.clock is None or not names:
         return None
-    value, name = min((median(results.ran[name].finals, last.loss), name) for name in names)
+    runs = {name: results.ran[name].finals.values() for name in names}
+    value, name = min((statistics.median_high(map(last.loss, lines)), name) for name, lines in runs.items())
     return (value, name) if math.isfinite(value) else None
 
 
@@ -56,7 +60,8 @@ def ranking(results: Results) -> list[str]:
     for name in order(results):
         found = results.ran[name]
         runs = list(found.finals.values())
-        cells = [method(name).title + ("" if len(runs) == len(protocol.seeds) else f" ({len(runs)} seeds so far)")]
+        so_far = f" ({len(runs)} seed{'s' * (len(runs) != 1)} so far)"
+        cells = [method(name).title + ("" if len(runs) == len(protocol.seeds) else so_far)]
         cells += [loss_interval(median_interval([end.loss(lines) for lines in runs])) for end in ends]
         cells += [loss(median(found.finals, lambda lines, end=end: end.loss(lines, "val_loss"))) for end in ends]  # type: ignore[misc]
         cells += [seconds_interval(median_interval([reach(lines) for lines in runs]))] if reach else []

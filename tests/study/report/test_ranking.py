@@ -36,6 +36,13 @@ def test_the_table_holds_the_numbers_of_the_data(tmp_path: Path) -> None:
     assert cells(lines, "SGD with momentum")[5] == "-"
 
 
+def test_the_method_that_sets_the_target_reaches_it_with_an_even_number_of_seeds_too(tmp_path: Path) -> None:
+    store_method(PROTOCOL, "adam", [made(1.0), made(2.0)], tmp_path)
+    found = collected(tmp_path, "adam")
+    assert target(found) == (pytest.approx(1 / 11), "adam")
+    assert cells(ranking(found), "Adam (2 seeds so far)")[5] == "45.0 [30.0, 60.0]"
+
+
 def test_diverged_runs_and_trials_are_counted(tmp_path: Path) -> None:
     bad = made(1.0)
     bad[-2], bad[-1] = bad[-2] | {"loss": 7.0}, bad[-1] | {"end": "diverged"}
