@@ -95,8 +95,8 @@ class Protocol:
     def twin(self, name: str, chosen: Mapping[str, Mapping[str, float]]) -> list[Run]:
         """The one-level form of a two-level method at that method's settings.
 
-        The fine level's settings are the two-level method's. The learning rate, which two levels do not have, and the
-        clip, which bounds another thing where nothing has chosen the step, are its own chosen ones.
+        The fine level's settings are the two-level method's. Where that one chooses its step, it has no learning rate,
+        and its clip bounds another thing: both are then the one-level form's own chosen ones.
 
         Args:
             name: the two-level method.
@@ -109,7 +109,8 @@ class Protocol:
         if form is None:
             raise ValueError(f"{name!r} is no two-level method")
         own, two = chosen[form], chosen[name]
-        shared = {key: value for key, value in two.items() if key in own and key != "kl_clip"}
+        chooses = "lr" not in two
+        shared = {key: value for key, value in two.items() if key in own and not (chooses and key == "kl_clip")}
         return self.finals(form, {**own, **shared}, label=f"as-{name}")
 
 

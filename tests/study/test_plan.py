@@ -74,6 +74,17 @@ def test_the_stages_build_on_one_another(tmp_path: Path) -> None:
     assert len(lines_of(protocol.finals("sgd", chosen["sgd"])[:1], tmp_path)) == 1
 
 
+def test_the_twin_of_a_method_that_corrects_a_direction_has_all_of_its_settings() -> None:
+    one, two = trials(method("kfac").space, 3)[1:]
+    name = "nicolaides:error_minimizing"
+    twins = plan().protocols["tiny"].twin(name, {"kfac": one, name: two})
+    assert [run.method for run in twins] == ["kfac"] * 2
+    assert all(two.items() <= run.settings.items() for run in twins)
+    chosen = {"damping": 0.5, "kl_clip": 7.0}
+    (run, _) = plan().protocols["tiny"].twin("layer_step_momentum", {"kfac": one, "layer_step_momentum": chosen})
+    assert (one | {"damping": 0.5}).items() <= run.settings.items()
+
+
 def test_one_level_has_no_twin() -> None:
     with pytest.raises(ValueError, match="'kfac' is no two-level method"):
         plan().protocols["tiny"].twin("kfac", {"kfac": {}})

@@ -79,7 +79,7 @@ def paragraph(results: Results) -> str:
     parts = [f"The trials rank {title} best of the two-level methods; without its coarse level it is {form}.", ""]
     for settings, words in (
         (OWN, "Each at its own settings"),
-        (SAME, f"{form} at the settings of the two-level method, its own clip aside"),
+        (SAME, f"{form} at the settings of the two-level method"),
     ):
         some = [sentence(each) for each in found if each.settings == settings]
         parts += [f"- {words}: {'; '.join(some)}."] if some else []

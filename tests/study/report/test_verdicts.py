@@ -51,7 +51,7 @@ def test_the_paragraph_follows_the_numbers(tmp_path: Path, rate: list[float], ve
 
 def test_the_same_settings_have_a_verdict_of_their_own(tmp_path: Path) -> None:
     text = paragraph(results(tmp_path, {ONE: 1.0, TWO: 2.0}, {TWO: 4.0}))
-    own, same = text.split("K-FAC, factored damping at the settings of the two-level method, its own clip aside: ")
+    own, same = text.split("K-FAC, factored damping at the settings of the two-level method: ")
     assert "after 10 epochs **helps**" in own
     assert "after 10 epochs **harms**" in same
 
