@@ -144,6 +144,7 @@ class OneLevel:
             checksums=(gradient_norm, norm(parameters)),
         )
         reduced = reduce_statistics(self.layers, self.sides, statistics, health, self.world, self.dtype)
+        statistics.release()  # as large as the inverses, which come next
         self._own_fallbacks = 0
         self.counts["inverse_fallbacks"] += reduced.fallbacks
         self.counts["failed_ranks"] += reduced.failed_ranks

@@ -126,6 +126,10 @@ class Statistics:
         self.summed = 0.0
         self.micro_batches = 0
 
+    def release(self) -> None:
+        """Let go of the sums, which have been reduced; the counts stay."""
+        self._inputs, self._gradients = {}, {}
+
     def sums(self, side: Side) -> dict[str, Tensor]:
         """Layer -> the sum that becomes this factor."""
         found: dict[str, Tensor] = {}

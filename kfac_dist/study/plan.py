@@ -12,7 +12,7 @@ from kfac_dist.coarse import coarse_spaces
 from kfac_dist.coarse.base import StepSpace
 from kfac_dist.config import CORRECTIONS, check_number, check_positive_int
 from kfac_dist.study.methods import method
-from kfac_dist.study.protocol import Protocol
+from kfac_dist.study.protocol import Protocol, search_space
 from kfac_dist.study.run import Run, check_device_name, obstacle
 from kfac_dist.study.runner import make_run
 from kfac_dist.study.search import trials
@@ -148,7 +148,7 @@ class StudyPlan:
                 continue
             chosen = {name: protocol.chosen(name, folder) for name in names}
             if assume:
-                chosen = {name: settings or trials(method(name).space, 1)[0] for name, settings in chosen.items()}
+                chosen = {name: settings or protocol.points_of(name)[0] for name, settings in chosen.items()}
             known = {name: settings for name, settings in chosen.items() if settings is not None}
             if stage == "finals":
                 found += by_turns(protocol.finals(name, settings) for name, settings in known.items())
@@ -174,7 +174,9 @@ class StudyPlan:
         for name in ["kfac", *(f"{space}:{correction}" for space in coarse_spaces for correction in CORRECTIONS)]:
             space = name.partition(":")[0]
             chooses = space in coarse_spaces and issubclass(coarse_spaces[space], StepSpace)
-            settings = chosen.get("layer_step_momentum" if chooses else "kfac", trials(method(name).space, 1)[0])
+            settings = chosen.get(
+                "layer_step_momentum" if chooses else "kfac", trials(search_space(problem, name), 1)[0]
+            )
             runs.append(
                 make_run(
                     problem, name, settings, seed=min(self.seeds), label="side", epochs=budget.side_epochs, **options

@@ -12,10 +12,16 @@ from kfac_dist.study.methods import method
 from kfac_dist.study.readings import training_loss
 from kfac_dist.study.run import Line, Run
 from kfac_dist.study.runner import file_of, finished, make_run, read_lines
-from kfac_dist.study.search import trials
+from kfac_dist.study.search import Range, trials
+from kfac_dist.study.suite import PROBLEMS
 
 TUNING_SEED = 100
 """Of the trials; the runs that are compared have other seeds."""
+
+
+def search_space(problem: str, name: str) -> Mapping[str, Range]:
+    """What is searched for a method on a problem."""
+    return {**method(name).space, **PROBLEMS[problem].ranges.get(name, {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +75,13 @@ class Protocol:
     def _options(self) -> dict[str, object]:
         return {"clock": self.clock, "threads": self.threads, "device": self.device}
 
+    def points_of(self, name: str) -> list[dict[str, float]]:
+        """The points of a method's search space that are tried on this problem."""
+        return trials(search_space(self.problem, name), self.trials)
+
     def tuning(self, name: str) -> list[Run]:
         """The trials of a method."""
-        points = trials(method(name).space, self.trials)
+        points = self.points_of(name)
         budget = {"epochs": self.tuning_epochs, **self._options()}
         return [
             make_run(self.problem, name, point, seed=TUNING_SEED, label=f"trial-{i}", **budget)
@@ -84,7 +94,7 @@ class Protocol:
         if not all(finished(run, folder) for run in runs):
             return None
         losses = [training_loss(read_lines(file_of(run, folder))) for run in runs]
-        return trials(method(name).space, self.trials)[losses.index(min(losses))]
+        return self.points_of(name)[losses.index(min(losses))]
 
     def finals(self, name: str, settings: Mapping[str, float], label: str = "final") -> list[Run]:
         """The runs with the chosen settings, one per seed."""

@@ -20,6 +20,7 @@ from kfac_dist.study.image_classifier import ImageClassifier
 from kfac_dist.study.in_memory import InMemoryDataModule
 from kfac_dist.study.mnist import MNISTDigits
 from kfac_dist.study.problem import Problem
+from kfac_dist.study.search import Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Entry:
         note: initialisation, loss and data, and where they are not those of the literature.
         dense: at most 20,000 covered parameters, and no layer mixes samples: the natural gradient can be had exactly.
         few_outputs: of these, the expectation over all targets can be had as well.
+        ranges: method -> hyper-parameters that are searched elsewhere here: SGD's learning rate goes with the loss,
+            summed over the pixels of an autoencoder, a mean over labels elsewhere.
     """
 
     title: str
@@ -45,6 +48,7 @@ class Entry:
     note: str = ""
     dense: bool = False
     few_outputs: bool = False
+    ranges: Mapping[str, Mapping[str, Range]] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -58,6 +62,7 @@ UNITS = {
     "loss": "cross-entropy per label (nats)",
 }
 CATEGORICAL = {"likelihood": "categorical"}
+PER_LABEL = {"sgd": {"lr": Range(0.05, 0.003, 0.5)}}
 GAUSSIAN = {"likelihood": "gaussian"}
 
 # Of all autoencoders. Koroko et al. (2023) take the layers' sizes of Hinton & Salakhutdinov (2006) and Martens (2010).
@@ -132,6 +137,7 @@ PROBLEMS: dict[str, Entry] = {
         model=DigitsCNN,
         data=partial(Digits, batch_size=64),
         kfac=CATEGORICAL,
+        ranges=PER_LABEL,
         loss="loss",
         note="In the place of the literature's convolutional networks where their data is not there: two convolutions "
         "and a linear layer on scikit-learn's 1,797 digits, PyTorch's own initialisation. Loss: cross-entropy.",
@@ -143,6 +149,7 @@ PROBLEMS: dict[str, Entry] = {
         model=ImageClassifier,
         data=partial(CIFARImages, root="data"),
         kfac=CATEGORICAL,
+        ranges=PER_LABEL,
         loss="loss",
         note="CIFAR-10 where torchvision's files are in the folder data, else scikit-learn's digits enlarged to "
         "3 x 32 x 32; no augmentation, as training losses are compared. He's normal weights by the outputs, batch "
@@ -153,6 +160,7 @@ PROBLEMS: dict[str, Entry] = {
         model=CharGPT,
         data=partial(CharText, batch_size=32),
         kfac=CATEGORICAL | {"loss_reduction": "mean_all"},
+        ranges=PER_LABEL,
         loss="loss",
         note="Not of the literature on two-level K-FAC. The text behind Python's help(); weights of deviation 0.02, "
         "less at the residual stream (Radford et al. 2019). Loss: cross-entropy, mean over all characters.",

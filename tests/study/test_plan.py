@@ -130,3 +130,13 @@ def test_a_wrong_budget_is_refused(changes, message: str) -> None:
 def test_turns_go_on_when_a_group_is_exhausted() -> None:
     assert by_turns([["a", "b", "c"], ["d"], []]) == ["a", "d", "b", "c"]
     assert STAGES[0] == "tuning"
+
+
+def test_the_learning_rate_of_sgd_is_searched_where_the_loss_lives() -> None:
+    rates = {}
+    for problem in ("mnist_autoencoder", "digits_cnn"):
+        points = plan(problems={problem: Budget()}, trials=6).protocols[problem].points_of("sgd")
+        rates[problem] = [point["lr"] for point in points]
+        assert all(point.keys() == {"lr", "momentum"} for point in points)
+    assert max(rates["mnist_autoencoder"]) < 0.03 <= max(rates["digits_cnn"])
+    assert rates["digits_cnn"][0] == 0.05
