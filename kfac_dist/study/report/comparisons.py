@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kfac_dist.study.intervals import Interval, median_interval, ratio_interval, share_won
-from kfac_dist.study.methods import method
+from kfac_dist.study.methods import build_kfac, method
 from kfac_dist.study.report.budgets import Budget, budgets, step_milliseconds
 from kfac_dist.study.report.collect import Results, Seeds
 
@@ -106,6 +106,23 @@ def _differ_in_space_only(name: str, other: str) -> bool:
     one, two = method(name), method(other)
     fixed = [{**each.fixed, "coarse_space": None, "coarse_correction": None} for each in (one, two)]
     return fixed[0] == fixed[1] and one.space == two.space
+
+
+def best_one_level(results: Results) -> str | None:
+    """The one-level K-FAC method that the trials ranked best; None where none has final runs."""
+    names = [name for name in results.ran if method(name).build is build_kfac and space_of(name) is None]
+    return min(names, key=lambda name: min(results.ran[name].trials.values()), default=None)
+
+
+def against_best(results: Results, name: str) -> list[Comparison]:
+    """A two-level method against the best of the one-level methods, where that is not its own form.
+
+    A better damping, or the input side alone, may give what the coarse level seems to.
+    """
+    best = best_one_level(results)
+    if best is None or best == method(name).one_level:
+        return []
+    return compare(results, name, best, OWN, results.methods[name].finals, results.methods[best].finals)
 
 
 def headline(results: Results, kind: str | None = None) -> str | None:

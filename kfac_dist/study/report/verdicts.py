@@ -15,6 +15,7 @@ from kfac_dist.study.report.comparisons import (
     OWN,
     SAME,
     Comparison,
+    against_best,
     against_one_level,
     against_scalar,
     family,
@@ -46,9 +47,11 @@ def row(found: Comparison) -> list[str]:
 
 
 def comparisons(results: Results) -> list[str]:
-    """The table: each two-level method against its one-level form, and against the scalar baseline."""
+    """The table: two-level methods against their one-level forms, the scalar baseline and the best of one level."""
     found = [each for name in results.ran for each in against_one_level(results, name)]
     found += [each for name in results.ran for each in against_scalar(results, name)]
+    name = headline(results)
+    found += against_best(results, name) if name else []
     return table(HEAD, [row(each) for each in found], names=4) if found else []
 
 
@@ -84,8 +87,17 @@ def paragraph(results: Results) -> str:
         some = [sentence(each) for each in found if each.settings == settings]
         parts += [f"- {words}: {'; '.join(some)}."] if some else []
     parts.append(f"- A step of it costs {ratio_interval(found[0].cost)} times one of {form}.")
-    scalar = scalar_words(results, name)
-    return "\n".join([*parts, *([f"- {scalar}"] if scalar else [])])
+    parts += [f"- {words}" for words in (best_words(results, name), scalar_words(results, name)) if words]
+    return "\n".join(parts)
+
+
+def best_words(results: Results, name: str) -> str:
+    """Whether another one-level method does as well."""
+    found = against_best(results, name)
+    if not found:
+        return ""
+    best = f"{method(found[0].other).title}, which the trials rank best of the one-level methods"
+    return f"Against {best}: {'; '.join(sentence(each) for each in found)}."
 
 
 def scalar_words(results: Results, name: str) -> str:
@@ -149,6 +161,9 @@ def summary(found: Mapping[str, Results]) -> str:
         "The two-level method that the trials rank best, against the same method without its coarse level, each at its "
         f"own tuned settings: {against}."
     )
+    best = counted(found, against_best)
+    if best:
+        text += f" Where the trials rank another one-level K-FAC method best, against that one: {best}."
     scalar = counted(found, against_scalar)
     if not scalar:
         return text

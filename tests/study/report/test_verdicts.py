@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from kfac_dist.study.protocol import Protocol
-from kfac_dist.study.report.comparisons import against_one_level, against_scalar, headline
+from kfac_dist.study.report.comparisons import (
+    against_best,
+    against_one_level,
+    against_scalar,
+    best_one_level,
+    headline,
+)
 from kfac_dist.study.report.verdicts import comparisons, overall, paragraph, summary
 from tests.helpers.study_lines import made, store_method
 from tests.helpers.study_report import ONE, PROTOCOL, SCALAR, TWO, collected, results
@@ -47,6 +53,26 @@ def test_the_paragraph_follows_the_numbers(tmp_path: Path, rate: list[float], ve
     assert f"**{verdict}**" in overall({"tiny": found})[-2]
     assert f"per epoch, of 1 problem: {verdict} on 1" in summary({"tiny": found})
     assert ("nowhere is it ahead" in summary({"tiny": found})) == (verdict != "helps")
+
+
+def test_another_one_level_method_that_is_better_is_told(tmp_path: Path) -> None:
+    eigen, finals = "kfac_eigen", [made(3.0)] * 5
+    results(tmp_path, {ONE: 1.0, TWO: 2.0})
+    store_method(PROTOCOL, eigen, finals, tmp_path, [made(0.1)] * 2)
+    worse = collected(tmp_path, ONE, TWO, eigen)
+    assert best_one_level(worse) == ONE  # by the trials, whatever the final runs say
+    assert not against_best(worse, TWO)
+    store_method(PROTOCOL, eigen, finals, tmp_path, [made(9.0)] * 2)
+    found = collected(tmp_path, ONE, TWO, eigen)
+    assert best_one_level(found) == eigen
+    text = paragraph(found)
+    assert "Each at its own settings: after 10 epochs **helps**" in text
+    best = "K-FAC, eigen damping, which the trials rank best of the one-level methods"
+    assert f"- Against {best}: after 10 epochs **harms** (loss 48 % higher" in text
+    assert "another one-level K-FAC method best, against that one: per epoch, of 1 problem: harms on 1" in summary(
+        {"tiny": found}
+    )
+    assert "K-FAC, eigen damping" in "".join(comparisons(found))
 
 
 def test_the_same_settings_have_a_verdict_of_their_own(tmp_path: Path) -> None:
