@@ -154,7 +154,7 @@ def two_level_targets(curves: Curves, protocol: Protocol) -> list[Target]:
 def quiet(curves: Curves) -> str:
     """Whether the timed runs had their core to themselves."""
     runs = [lines for name in curves.lines for lines in curves.lines[name]]
-    return quiet_words(runs)
+    return quiet_words(runs, "wall")
 
 
 def page(curves: Curves, protocol: Protocol, command: str, processes: int, left_out: Mapping[str, str]) -> str:
