@@ -32,6 +32,7 @@ class Budget:
         seconds: of training; the run goes on until both are over.
         side_epochs: length of the runs of the side table (every space with every correction, once); 0: none.
         measure_every: steps between dense measures of the error, on problems that are small enough; 0: none.
+        twins: run the one-level forms at the settings of the two-level methods, too.
         methods: that meet on this problem only.
 
     Raises:
@@ -42,6 +43,7 @@ class Budget:
     seconds: float = 0.0
     side_epochs: int = 0
     measure_every: int = 0
+    twins: bool = True
     methods: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -113,6 +115,7 @@ class StudyPlan:
             threads=self.threads,
             device=self.device,
             measure_every=budget.measure_every,
+            twins=budget.twins,
         )
 
     def methods_of(self, problem: str) -> tuple[str, ...]:
@@ -153,8 +156,7 @@ class StudyPlan:
             if stage == "finals":
                 found += by_turns(protocol.finals(name, settings) for name, settings in known.items())
             elif stage == "twins":
-                # A method for which nothing was searched has no settings that its trials chose.
-                two_level = [name for name in known if method(name).one_level in known and method(name).space]
+                two_level = [name for name in known if protocol.has_twin(name) and method(name).one_level in known]
                 found += by_turns(protocol.twin(name, known) for name in two_level)
             else:
                 found += self.side_table(problem, known)

@@ -41,6 +41,7 @@ class Protocol:
         threads: of torch, in each run.
         device: of each run.
         measure_every: steps between dense measures of the error in the runs that are compared; see ``Run``.
+        twins: whether one-level forms run at the settings of the two-level methods, too.
 
     Raises:
         ValueError: the trials' seed among ``seeds``, a seed twice or none at all; no trial, or one without an epoch.
@@ -58,6 +59,7 @@ class Protocol:
     threads: int = 1
     device: str = "cpu"
     measure_every: int = 0
+    twins: bool = True
 
     def __post_init__(self) -> None:
         if TUNING_SEED in self.seeds or not self.seeds:
@@ -101,6 +103,10 @@ class Protocol:
         budget = {"epochs": self.epochs, "seconds": self.seconds, "marks": self.evaluations(), **self._options()}
         budget["measure_every"] = self.measure_every
         return [make_run(self.problem, name, settings, seed=s, label=label, **budget) for s in self.seeds]
+
+    def has_twin(self, name: str) -> bool:
+        """Whether the one-level form runs at the method's settings: where its trials have chosen some."""
+        return self.twins and method(name).one_level is not None and bool(method(name).space)
 
     def twin(self, name: str, chosen: Mapping[str, Mapping[str, float]]) -> list[Run]:
         """The one-level form of a two-level method at that method's settings.

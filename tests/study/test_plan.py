@@ -85,6 +85,14 @@ def test_the_twin_of_a_method_that_corrects_a_direction_has_all_of_its_settings(
     assert (one | {"damping": 0.5}).items() <= run.settings.items()
 
 
+def test_a_problem_can_do_without_the_twins(tmp_path: Path) -> None:
+    for twins, labels in ((True, {"as-layer_step_momentum"}), (False, set())):
+        study = plan(problems={"tiny": Budget(twins=twins)})
+        assert {run.label for run in study.runs("twins", tmp_path, assume=True)} == labels
+        assert study.protocols["tiny"].has_twin("layer_step_momentum") == twins
+        assert not study.protocols["tiny"].has_twin("kfac")
+
+
 def test_one_level_has_no_twin() -> None:
     with pytest.raises(ValueError, match="'kfac' is no two-level method"):
         plan().protocols["tiny"].twin("kfac", {"kfac": {}})

@@ -92,9 +92,10 @@ def collect_problem(protocol: Protocol, names: Sequence[str], side: Sequence[Run
         losses = {i: training_loss(lines) for i, lines in enumerate(trials) if lines}
         finals = by_seed(protocol.finals(name, known[name]), folder) if name in known else {}
         form = method(name).one_level
-        twins = by_seed(protocol.twin(name, known), folder) if name in known and form in known else {}
+        paired = protocol.has_twin(name)
+        twins = by_seed(protocol.twin(name, known), folder) if paired and name in known and form in known else {}
         missing += len(trials) - len(losses) + len(protocol.seeds) - len(finals)
-        missing += len(protocol.seeds) - len(twins) if form in names and method(name).space else 0
+        missing += len(protocol.seeds) - len(twins) if form in names and paired else 0
         runs = {f"trial {i}": each for i, each in enumerate(trials)}
         runs |= {f"seed {seed}": each for seed, each in finals.items()}
         runs |= {f"one level at its settings, seed {seed}": each for seed, each in twins.items()}

@@ -86,7 +86,7 @@ def against_one_level(results: Results, name: str) -> list[Comparison]:
     if form is None or form not in results.methods:
         return []
     found = compare(results, name, form, OWN, mine, results.methods[form].finals)
-    if not method(name).space:  # nothing was chosen that the one-level form could take over
+    if not results.protocol.has_twin(name):  # nothing was chosen that the one-level form could take over, say
         return found
     return found + compare(results, name, form, SAME, mine, results.methods[name].twins)
 
