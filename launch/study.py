@@ -139,9 +139,8 @@ def _run(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namesp
 
 def _estimate(plan: StudyPlan, folder: Path, stages: Sequence[Stage], options: Namespace, console: Console) -> float:
     """Minutes that are left, told per stage."""
-    where = {"device": plan.device, "threads": plan.threads, "clock": plan.clock}
     with TemporaryDirectory() as elsewhere:
-        sgd = {problem: calibrate(problem, Path(elsewhere), **where) for problem in plan.problems}
+        sgd = {name: calibrate(name, Path(elsewhere), **each.where) for name, each in plan.protocols.items()}
     total = 0.0
     for stage in stages:
         runs = [

@@ -151,31 +151,28 @@ def site(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-def test_wheel_works_from_another_directory(site, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, str(site)],
-        cwd=tmp_path,
+def beside(site: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Python in another folder, with the installed wheel on its path."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+
+
+def test_wheel_works_from_another_directory(site, tmp_path):
+    done = beside(site, tmp_path, "-c", IMPORT_ALL, str(site))
     assert done.stdout.strip() == "imported", done.stdout + done.stderr
 
 
 def test_a_strict_checker_reads_the_types_of_the_installed_wheel(site, tmp_path):
     (tmp_path / "consumer.py").write_text(CONSUMER)
     (tmp_path / "mypy.ini").write_text(CHECKER)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "consumer.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = beside(site, tmp_path, "-m", "mypy", "--config-file", "mypy.ini", "--cache-dir", "cache", "consumer.py")
     marked = re.findall(r"  # ([a-z-]+)$", CONSUMER, re.MULTILINE)
     lines = [n for n, line in enumerate(CONSUMER.splitlines(), 1) if "  # " in line]
     found = re.findall(r"^consumer\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout, re.MULTILINE)

@@ -171,7 +171,7 @@ class StudyPlan:
         budget = self.problems[problem]
         if not budget.side_epochs:
             return []
-        options: dict[str, object] = {"clock": self.clock, "threads": self.threads, "device": self.device}
+        options = {"epochs": budget.side_epochs, **self.protocols[problem].where}
         runs = []
         for name in ["kfac", *(f"{space}:{correction}" for space in coarse_spaces for correction in CORRECTIONS)]:
             space = name.partition(":")[0]
@@ -179,11 +179,7 @@ class StudyPlan:
             settings = chosen.get(
                 "layer_step_momentum" if chooses else "kfac", trials(search_space(problem, name), 1)[0]
             )
-            runs.append(
-                make_run(
-                    problem, name, settings, seed=min(self.seeds), label="side", epochs=budget.side_epochs, **options
-                )
-            )
+            runs.append(make_run(problem, name, settings, seed=min(self.seeds), label="side", **options))
         return runs
 
 

@@ -11,7 +11,7 @@ from kfac_dist.config import check_positive_int
 from kfac_dist.study.methods import method
 from kfac_dist.study.readings import training_loss
 from kfac_dist.study.run import Line, Run
-from kfac_dist.study.runner import file_of, finished, make_run, read_lines
+from kfac_dist.study.runner import finished_lines, make_run
 from kfac_dist.study.search import Range, trials
 from kfac_dist.study.suite import PROBLEMS
 
@@ -74,7 +74,9 @@ class Protocol:
         grid = [self.seconds * i / self.points for i in range(1, self.points + 1)] if self.seconds else []
         return tuple(sorted({*grid, *self.marks}))
 
-    def _options(self) -> dict[str, object]:
+    @property
+    def where(self) -> dict[str, object]:
+        """What each of the runs is told of the machine."""
         return {"clock": self.clock, "threads": self.threads, "device": self.device}
 
     def points_of(self, name: str) -> list[dict[str, float]]:
@@ -84,7 +86,7 @@ class Protocol:
     def tuning(self, name: str) -> list[Run]:
         """The trials of a method."""
         points = self.points_of(name)
-        budget = {"epochs": self.tuning_epochs, **self._options()}
+        budget = {"epochs": self.tuning_epochs, **self.where}
         return [
             make_run(self.problem, name, point, seed=TUNING_SEED, label=f"trial-{i}", **budget)
             for i, point in enumerate(points)
@@ -92,15 +94,15 @@ class Protocol:
 
     def chosen(self, name: str, folder: Path) -> dict[str, float] | None:
         """The settings of the best trial; None where trials are missing."""
-        runs = self.tuning(name)
-        if not all(finished(run, folder) for run in runs):
+        runs = lines_of(self.tuning(name), folder)
+        if not runs:
             return None
-        losses = [training_loss(read_lines(file_of(run, folder))) for run in runs]
+        losses = list(map(training_loss, runs))
         return self.points_of(name)[losses.index(min(losses))]
 
     def finals(self, name: str, settings: Mapping[str, float], label: str = "final") -> list[Run]:
         """The runs with the chosen settings, one per seed."""
-        budget = {"epochs": self.epochs, "seconds": self.seconds, "marks": self.evaluations(), **self._options()}
+        budget = {"epochs": self.epochs, "seconds": self.seconds, "marks": self.evaluations(), **self.where}
         budget["measure_every"] = self.measure_every
         return [make_run(self.problem, name, settings, seed=s, label=label, **budget) for s in self.seeds]
 
@@ -132,4 +134,5 @@ class Protocol:
 
 def lines_of(runs: Sequence[Run], folder: Path) -> list[list[Line]]:
     """The lines of runs that are all finished, else nothing."""
-    return [read_lines(file_of(r, folder)) for r in runs] if runs and all(finished(r, folder) for r in runs) else []
+    found = [finished_lines(run, folder) for run in runs]
+    return found if all(found) else []

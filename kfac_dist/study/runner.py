@@ -50,12 +50,19 @@ def read_lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def finished(run: Run, folder: Path) -> bool:
-    """Whether this very run, with these settings and this budget, has ended."""
+def finished_lines(run: Run, folder: Path) -> list[Line]:
+    """The lines of this very run, with these settings and this budget, if it has ended; else none."""
     lines = read_lines(file_of(run, folder))
+    if not lines or "end" not in lines[-1]:
+        return []
     # What an older file does not know had its default.
     default = Run(problem=run.problem, method=run.method, epochs=1).header()
-    return bool(lines) and "end" in lines[-1] and default | lines[0]["run"] == json.loads(json.dumps(run.header()))
+    return lines if default | lines[0]["run"] == json.loads(json.dumps(run.header())) else []
+
+
+def finished(run: Run, folder: Path) -> bool:
+    """Whether this very run, with these settings and this budget, has ended."""
+    return bool(finished_lines(run, folder))
 
 
 def execute(run: Run, data: InMemoryDataModule, path: Path) -> None:

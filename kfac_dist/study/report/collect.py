@@ -12,7 +12,7 @@ from kfac_dist.study.protocol import Protocol
 from kfac_dist.study.readings import Lines, training_loss
 from kfac_dist.study.report.study import Study
 from kfac_dist.study.run import Run
-from kfac_dist.study.runner import file_of, finished, read_lines
+from kfac_dist.study.runner import finished_lines
 from kfac_dist.study.suite import PROBLEMS, Entry
 
 Seeds = Mapping[int, Lines]
@@ -64,7 +64,7 @@ class Results:
 
 def read(runs: Iterable[Run], folder: Path) -> list[Lines]:
     """The lines of each run; none for one that has not finished."""
-    return [read_lines(file_of(run, folder)) if finished(run, folder) else [] for run in runs]
+    return [finished_lines(run, folder) for run in runs]
 
 
 def by_seed(runs: Iterable[Run], folder: Path) -> dict[int, Lines]:
