@@ -123,7 +123,7 @@ class KFAC(pl.Callback):
         initial_damping: float = 1.0,
         inverse_schedule: Literal["together", "staggered"] = "together",
         factor_samples: float = 1.0,
-        preconditioning: Literal["gradients", "samples"] = "gradients",
+        preconditioning: Literal["auto", "gradients", "samples"] = "auto",
     ) -> None:
         self._options: dict[str, Any] = {
             "likelihood": likelihood,

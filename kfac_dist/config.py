@@ -253,7 +253,7 @@ class KFACConfig(LayerOptions):
     class_dim: int = 1
     damping: Schedule | Literal["adaptive"] = 0.01
     initial_damping: float = 1.0
-    preconditioning: Literal["gradients", "samples"] = "gradients"
+    preconditioning: Literal["auto", "gradients", "samples"] = "auto"
     damping_method: Literal["factored", "eigen"] = "factored"
     factor_decay: float = 0.95
     factor_samples: float = 1.0
@@ -275,7 +275,7 @@ class KFACConfig(LayerOptions):
         elif not callable(self.damping):
             check_number("damping", self.damping, 0.0, open_low=True)
         check_number("initial_damping", self.initial_damping, 0.0, open_low=True)
-        check_choice("preconditioning", self.preconditioning, ("gradients", "samples"))
+        check_choice("preconditioning", self.preconditioning, ("auto", "gradients", "samples"))
         check_choice("damping_method", self.damping_method, ("factored", "eigen"))
         check_number("factor_decay", self.factor_decay, 0.0, 1.0)
         if self.factor_decay == 1:

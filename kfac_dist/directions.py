@@ -14,6 +14,7 @@ from torch import Tensor
 from kfac_dist.assignment import Assignment
 from kfac_dist.comm import Communicator
 from kfac_dist.fused import FusedBuffer
+from kfac_dist.kept_rows import Rows
 from kfac_dist.layers import Layer
 from kfac_dist.state import LayerState
 
@@ -41,13 +42,28 @@ class DirectionExchange:
             self._buffer = FusedBuffer(sizes, dtype, layers[0].device)  # type: ignore[arg-type]
 
     def precondition(
-        self, gradients: Mapping[str, Tensor], states: Mapping[str, LayerState], damping: float
+        self,
+        gradients: Mapping[str, Tensor],
+        states: Mapping[str, LayerState],
+        damping: float,
+        rows: Mapping[str, Rows] | None = None,
     ) -> dict[str, Tensor]:
-        """Layer -> direction (groups, g, a), for the layers of ``gradients``; the same on every rank."""
-        directions: dict[str, Tensor] = {}
+        """Layer -> direction (groups, g, a), for the layers of ``gradients``; the same on every rank.
+
+        Args:
+            gradients: layer -> gradient (groups, g, a).
+            states: layer -> its inverses.
+            damping: lam.
+            rows: layer -> the rows of which a gradient is made, where the direction is to be made of them, too.
+        """
+        rows, directions = rows or {}, dict[str, Tensor]()
         for name, gradient in gradients.items():
             preconditioner = states[name].preconditioner
-            if preconditioner is not None:
+            if preconditioner is None:
+                continue
+            if name in rows:
+                directions[name] = preconditioner.apply_to_rows(*rows[name], damping)
+            else:
                 directions[name] = preconditioner.apply(gradient, damping)
         return self.share(directions, gradients)
 

@@ -14,6 +14,7 @@ from kfac_dist.curvature import Health, InverseExchange, Reduced, factor_shapes,
 from kfac_dist.directions import DirectionExchange
 from kfac_dist.factors import statistics_dtype
 from kfac_dist.fine_damping import FineDamping
+from kfac_dist.kept_rows import Rows
 from kfac_dist.layers import Layer, covered_parameters
 from kfac_dist.replicas import check_replicas, norm
 from kfac_dist.state import LayerState
@@ -219,6 +220,8 @@ class OneLevel:
                 gradients[layer.name] = gradient if self.loss_scale == 1.0 else gradient / self.loss_scale
         return gradients
 
-    def precondition(self, gradients: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """Layer -> zeta, on every rank."""
-        return self.exchange.precondition(gradients, self.states, damping)
+    def precondition(
+        self, gradients: Mapping[str, Tensor], damping: float, rows: Mapping[str, Rows] | None = None
+    ) -> dict[str, Tensor]:
+        """Layer -> zeta, on every rank; from the ``rows`` of the layers whose gradient they make."""
+        return self.exchange.precondition(gradients, self.states, damping, rows)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from kfac_dist.fine import Fine
 from kfac_dist.fine_damping import FineDamping
+from kfac_dist.kept_rows import Rows
 from kfac_dist.metrics import MetricValue
 from kfac_dist.one_level import OneLevel
 from kfac_dist.samples import Samples
@@ -41,6 +42,7 @@ def plan_step(
     samples: Samples | None,
     gradients: Mapping[str, Tensor],
     directions: Mapping[str, Tensor],
+    rows: Mapping[str, Rows],
     step: Step,
 ) -> Update:
     """The update that is to be written; nothing is written yet.
@@ -55,6 +57,7 @@ def plan_step(
         samples: the kept samples of the last curvature batch, on this rank; None: there are none, nor a coarse level.
         gradients: layer -> gradient of the mean loss.
         directions: layer -> zeta.
+        rows: layer -> the rows that make its gradient, where they are known.
         step: this step.
     """
     layers = [layer for layer in one.layers if layer.name in directions]
@@ -102,7 +105,7 @@ def plan_step(
         if rule.judge(ratio):
             break
         if judged is one.damping:
-            directions = one.precondition(gradients, rule.damping)
+            directions = one.precondition(gradients, rule.damping, rows)
         if two is not None:
             two.discard()
     else:

@@ -19,12 +19,13 @@ from kfac_dist.comm import make_channel, make_communicator
 from kfac_dist.compat import full_float32, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig, Schedule, check_number
 from kfac_dist.fisher import Fisher
+from kfac_dist.kept_rows import KeptRows, Rows
 from kfac_dist.layers import covered_parameters, find_layers
 from kfac_dist.metrics import Metrics, MetricValue, PhaseTimer
 from kfac_dist.notices import Notices, check_layers
 from kfac_dist.one_level import OneLevel
 from kfac_dist.planning import Step, plan_step
-from kfac_dist.rank_b import RankB, served_layers
+from kfac_dist.rank_b import RankB, plain_linears, served_layers
 from kfac_dist.rate_free import check_rate_free, parameter_groups
 from kfac_dist.replicas import average_gradients
 from kfac_dist.samples import DEFAULT_SAMPLES, Samples, share
@@ -81,9 +82,11 @@ class KFACPreconditioner:
         initial_damping: where "adaptive" starts.
         inverse_schedule: "together": every n steps all layers are inverted; "staggered": some at each of these n steps,
             so that no step is much longer than the others (the first inversion is of all).
-        preconditioning: "gradients", or "samples": nn.Linear layers whose batch has fewer rows than about two thirds of
-            their width get no weight gradient in ``loss.backward()``; their direction is made of the rows themselves.
-            The same to rounding, with less work (see docs/layers.md).
+        preconditioning: what directions are made of, which are the same to rounding (see docs/layers.md). "gradients":
+            of ``param.grad``, by two dense products per layer. "auto": on one process, on a CPU, those of nn.Linear
+            layers whose batch has fewer rows than about two thirds of their width are made of these rows, as long as
+            ``param.grad`` turns out to be what they make. "samples": such layers get no weight gradient at all in
+            ``loss.backward()``, on one process or several.
 
     Raises:
         ValueError: a value out of its bounds, a module name that does not exist, or a model without any layer that
@@ -118,7 +121,7 @@ class KFACPreconditioner:
         initial_damping: float = 1.0,
         inverse_schedule: Literal["together", "staggered"] = "together",
         factor_samples: float = 1.0,
-        preconditioning: Literal["gradients", "samples"] = "gradients",
+        preconditioning: Literal["auto", "gradients", "samples"] = "auto",
     ) -> None:
         if likelihood is None:
             warnings.warn(
@@ -181,6 +184,9 @@ class KFACPreconditioner:
             if self.coarse is not None and space is not None:
                 self._two = TwoLevel(self.coarse, space, self._coarse_world)
             self._rank_b = RankB(model, served, self.config, average, self._world, self._one.dtype)
+            # An accelerator would have to be waited for, and several ranks have gradients that no rank's rows make.
+            beside = self.config.preconditioning == "auto" and size == 1 and self._one.device.type == "cpu"
+            self._kept_rows = KeptRows(plain_linears(model, self.layers) if beside else [], self.config, self._one.dtype)
             made.pop_all()
         self._samples: Samples | None = None
         self._step = 0
@@ -281,11 +287,12 @@ class KFACPreconditioner:
                     one.update_inverses(self._step, damping)
             with self._timer("precondition"):
                 gradients = one.gradients(without=self._rank_b.served)
-                directions = one.precondition(gradients, damping)
+                rows = self._kept_rows.take(gradients, one.loss_scale)
+                directions = one.precondition(gradients, damping, rows)
                 directions |= self._rank_b.precondition(one.states, damping, one.loss_scale)
             if directions:
                 with self._timer("write" if self._two is None else "coarse"):
-                    update = self._plan(gradients, directions, lr, closure)
+                    update = self._plan(gradients, directions, rows, lr, closure)
                 with self._timer("write"):
                     update.write()
                 values |= update.metrics()
@@ -306,6 +313,7 @@ class KFACPreconditioner:
         self,
         gradients: Mapping[str, Tensor],
         directions: Mapping[str, Tensor],
+        rows: Mapping[str, Rows],
         lr: float | Optimizer | None,
         closure: Callable[[], Tensor] | None,
     ) -> Update:
@@ -316,7 +324,7 @@ class KFACPreconditioner:
             return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr, known)
         two = None if self._samples is None else self._two
         step = Step(self._step, lr, closure)
-        return plan_step(self.model, self._one, two, self._samples, gradients, directions, step)
+        return plan_step(self.model, self._one, two, self._samples, gradients, directions, rows, step)
 
     def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None, local: Sequence[Tensor]) -> None:
         """The window's sums into the factors, and its samples to the coarse level."""
@@ -481,6 +489,7 @@ class KFACPreconditioner:
         """Remove every hook and give back what was made; idempotent."""
         self._fisher.capture.close()
         self._rank_b.close()
+        self._kept_rows.close()
         self._samples = None
         self._coarse_world.close()
         self._world.close()

@@ -48,12 +48,12 @@ def served_layers(
     distribution: DistributionConfig,
     world_size: int,
 ) -> list[Layer]:
-    """The layers of ``preconditioning="samples"``; none with "gradients".
+    """The layers of ``preconditioning="samples"``; none otherwise.
 
     Raises:
         ValueError: the other options, or the model, do not go with "samples".
     """
-    if config.preconditioning == "gradients":
+    if config.preconditioning != "samples":
         return []
     cure = 'use preconditioning="gradients"'
     if coarse is not None:

@@ -17,7 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("factors", "inverse", "assignment", "fused", "schedules", "restrict", "coarse_solver"),
     ("state", "coarse_state", "networks"),
     ("layers", "likelihoods", "comm", "costs"),
-    ("samples", "sample_rows", "trust"),
+    ("samples", "sample_rows", "kept_rows", "trust"),
     ("coarse",),
     ("capture", "statistics", "loss_check", "sample_order", "replicas", "clip", "basis", "notices"),
     ("subset",),
