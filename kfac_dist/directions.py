@@ -62,9 +62,11 @@ class DirectionExchange:
             if preconditioner is None:
                 continue
             if name in rows:
-                directions[name] = preconditioner.apply_to_rows(*rows[name], damping)
+                direction = preconditioner.apply_to_rows(*rows[name], damping)
             else:
-                directions[name] = preconditioner.apply(gradient, damping)
+                direction = preconditioner.apply(gradient, damping)
+            # A product's rows may begin at cache lines: norms and inner products take a multiple of this copy then.
+            directions[name] = direction.contiguous()
         return self.share(directions, gradients)
 
     def share(self, directions: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@
     against  g a (g + a)  for the two dense products.
 
 The backward is left as it is. Whether the gradient still is g^T a is asked of a random vector v (Freivalds): g^T (a v)
-against ``grad v``. Whatever came to it on another way, a penalty on the weights, a clip, a scaler, a second backward, an
-input that was overwritten, makes the two differ, and the layer takes the dense route. So rows are never taken on trust.
+against ``grad v``. Whatever came to it on another way, a penalty on the weights, a clip, a scaler, a second backward,
+an input that was overwritten, makes the two differ, and the layer takes the dense route. No rows are taken on trust.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class _LayerCalls:
         """How far ``gradient`` is from g^T a, over what rounding explains: a scalar, at most 1 where it is that."""
         a, g = rows
         v = self._probe.to(a)
-        distance = torch.linalg.vector_norm(gradient[0] @ v - g[0].mT @ (a[0] @ v))
-        bound = ROUNDING * torch.finfo(a.dtype).eps * torch.linalg.vector_norm(a) * torch.linalg.vector_norm(g)
+        distance: Tensor = torch.linalg.vector_norm(gradient[0] @ v - (a[0] @ v) @ g[0])
+        bound: Tensor = ROUNDING * torch.finfo(a.dtype).eps * torch.linalg.vector_norm(a) * torch.linalg.vector_norm(g)
         return distance / bound.clamp_min(torch.finfo(a.dtype).tiny)
 
 

@@ -69,7 +69,6 @@ def plan_step(
         damping = one.damping.value(step.number)
         report["damping"] = damping
         if two is not None and samples is not None:
-            directions = _contiguous(directions)
             lam = two.damping(step.number, damping)
             two.report["coarse/damping"] = lam
             fine = Fine(
@@ -128,8 +127,3 @@ def _judged(one: OneLevel, two: TwoLevel | None) -> FineDamping | TwoLevel | Non
     if two is not None and two.adaptive:
         return two
     return one.damping if one.damping.adaptive else None
-
-
-def _contiguous(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """One copy: a product's rows begin at cache lines, and every inner product to come would copy them anew."""
-    return {name: direction.contiguous() for name, direction in directions.items()}

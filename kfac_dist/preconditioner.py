@@ -186,7 +186,9 @@ class KFACPreconditioner:
             self._rank_b = RankB(model, served, self.config, average, self._world, self._one.dtype)
             # An accelerator would have to be waited for, and several ranks have gradients that no rank's rows make.
             beside = self.config.preconditioning == "auto" and size == 1 and self._one.device.type == "cpu"
-            self._kept_rows = KeptRows(plain_linears(model, self.layers) if beside else [], self.config, self._one.dtype)
+            self._kept_rows = KeptRows(
+                plain_linears(model, self.layers) if beside else [], self.config, self._one.dtype
+            )
             made.pop_all()
         self._samples: Samples | None = None
         self._step = 0

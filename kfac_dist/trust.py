@@ -85,11 +85,9 @@ def trial_losses(
         updates: what is SUBTRACTED from each of them, in its shape.
         closure: returns the loss of the batch; it is called twice, without gradients.
     """
-    losses = []
-    for moved in (False, True):
-        with unchanged(model, parameters):
-            if moved:
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.sub_(update.to(parameter.dtype))
-            losses.append(float(closure()))
-    return losses[0], losses[1]
+    with unchanged(model, ()):
+        before = float(closure())
+    with unchanged(model, parameters):
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.sub_(update.to(parameter.dtype))
+        return before, float(closure())

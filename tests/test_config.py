@@ -43,7 +43,7 @@ BAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "large_factors": (("dense", None), r"is unknown; choose one of 'blocks', 'diagonal'"),
     "norm_blocks": (("dense", None, 2), r"is unknown; choose one of 'diagonal', 'channel', 'full'"),
     "uncovered": (("kfac", None, False), r"is unknown; choose one of 'plain', 'diagonal'"),
-    "preconditioning": (("rows", None, True), r"is unknown; choose one of 'gradients', 'samples'"),
+    "preconditioning": (("rows", None, True), r"is unknown; choose one of 'auto', 'gradients', 'samples'"),
     "output_module": (("head",), r"is no module of the model; there are: 0, 1, 2"),
     "coarse": (("multigrid", ""), r"unknown coarse space .*; known: krylov, layer_step"),
 }

@@ -38,7 +38,7 @@ GOOD: dict[str, list[Any]] = {
     "norm_blocks": ["diagonal", "channel", "full"],
     "uncovered": ["plain", "diagonal"],
     "initial_damping": [0.3, 5.0],
-    "preconditioning": ["gradients", "samples"],
+    "preconditioning": ["auto", "gradients", "samples"],
 }
 BAD: dict[str, list[Any]] = {
     "likelihood": ["poisson"],

@@ -81,7 +81,12 @@ def preconditioner(net: nn.Module, preconditioning: str = "samples", **options: 
 
 
 def directions(
-    net: nn.Module, preconditioning: str, loss: Loss = cross_entropy, micro_batches: int = 1, **options: Any
+    net: nn.Module,
+    preconditioning: str,
+    loss: Loss = cross_entropy,
+    micro_batches: int = 1,
+    overwrite: bool = True,
+    **options: Any,
 ) -> list[dict[str, Tensor]]:
     """``param.grad`` after each of five steps that train the net."""
     net = net.double()
@@ -94,7 +99,8 @@ def directions(
             value = loss(net, x_part, y_part) / micro_batches
             kfac.accumulate(loss_divisor=micro_batches)
             value.backward()
-            x_part.zero_()  # the caller's own, to be filled again
+            if overwrite:
+                x_part.zero_()  # the caller's own, to be filled again
         kfac.step(lr=optimizer)
         found.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
         optimizer.step()
