@@ -205,10 +205,14 @@ class DensePreconditioner:
         direction = times_right(times_left(self.G, gradient), self.A)[:, :d_out, :d_in]
         return direction if self.locations == 1.0 else direction.div_(self.locations)
 
+    def rows(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows a A^-1 and g G^-1 / T of the direction, of the gradient's rows a (groups, R, a) and g (groups, R, g)."""
+        right = times_right(a, self.A)[..., : a.shape[-1]]
+        return right, g if self.G is None else times_right(g, self.G)[..., : g.shape[-1]].div_(self.locations)
+
     def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
         """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g)."""
-        right = times_right(a, self.A)[..., : a.shape[-1]]
-        left = g if self.G is None else times_right(g, self.G)[..., : g.shape[-1]].div_(self.locations)
+        right, left = self.rows(a, g)
         return times_left(left.mT, right)
 
 

@@ -7,7 +7,11 @@ Preconditioning is linear, so the mean over the ranks of the preconditioned LOCA
 all-reduce of these (sum over the layers of g a + 1 words) takes the place of the one of the gradients. Whether a rank
 takes its rows or forms its dense gradient is its own affair.
 
-With the KL clip <zeta, grad> is summed over rows as well: sum_r (g_r zeta) a_r, another R g a.
+With the KL clip <zeta, grad> is summed over rows as well: sum_r (g_r zeta) a_r, another R g a; or over pairs of rows,
+
+    sum_rs (g_r G^-1 g_s) (a_r A^-1 a_s):    at most R^2 (g + a), as both factors are symmetric,
+
+where that is less and the direction is of one rank's rows.
 """
 
 from __future__ import annotations
@@ -21,10 +25,15 @@ from kfac_dist.comm import Communicator
 from kfac_dist.compat import ignored_by_ddp, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig
 from kfac_dist.fused import FusedBuffer
+from kfac_dist.inverse import DensePreconditioner, LayerPreconditioner, times_left
+from kfac_dist.kept_rows import Rows
 from kfac_dist.layers import Layer
 from kfac_dist.layers.linear import LinearLayer
 from kfac_dist.sample_rows import LayerRows
 from kfac_dist.state import LayerState
+
+PAIRS = 64
+"""Rows of a block of pairs."""
 
 
 def plain_linears(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
@@ -93,8 +102,22 @@ def pays(layer: Layer, rows: int, config: KFACConfig) -> bool:
     d_out, d_in = layer.output_dim, layer.input_dim
     a = layer.factors["A"].size
     g = layer.factors["G"].size if config.factor_sides == "both" else 0
-    clip = 0 if config.kl_clip is None else d_out * d_in
+    clip = 0 if config.kl_clip is None else min(d_out * d_in, rows * (d_out + d_in))
     return rows * (d_out * g + d_in * a + clip) < d_out * d_in * (g + a)
+
+
+def product_over_pairs(rows: Rows, preconditioned: Rows) -> Tensor:
+    """The inner product <Q^T P, g^T a> of the direction with rows (P, Q) and the gradient with rows (a, g), one group.
+
+    P = a A^-1 and Q = g G^-1, so a P^T and g Q^T are symmetric: their upper triangles, by blocks of rows, are enough.
+    """
+    (a, g), (P, Q) = ((each[0] for each in pair) for pair in (rows, preconditioned))
+    total = a.new_zeros(())
+    for start in range(0, len(a), PAIRS):
+        end = min(start + PAIRS, len(a))
+        pairs = (P[start:end] @ a[start:].mT).mul_(Q[start:end] @ g[start:].mT)
+        total = total + 2.0 * pairs.sum() - pairs[:, : end - start].sum()
+    return total
 
 
 class RankB:
@@ -127,6 +150,7 @@ class RankB:
         self._model = unwrap(model)
         self._taken: dict[str, tuple[Tensor, Tensor]] = {}
         self._gradients: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
         self._broadcast()
         self._rows = {
             layer.name: LayerRows(layer, lambda rows, layer=layer: pays(layer, rows, config))  # type: ignore[misc]
@@ -178,7 +202,7 @@ class RankB:
         A layer without an inverse gets the mean of its plain gradients, and no direction.
         """
         local: dict[str, Tensor] = {}
-        self._gradients = {}
+        self._gradients, self._products = {}, {}
         for name, layer in self.served.items():
             preconditioner = states[name].preconditioner
             scale = 1.0 if preconditioner is None else loss_scale
@@ -186,9 +210,7 @@ class RankB:
             if name in self._taken:
                 a, g = self._taken[name]
                 self._taken[name] = a, g / scale
-                local[name] = (
-                    g.mT @ a if preconditioner is None else preconditioner.apply_to_rows(a, g / scale, damping)
-                )
+                local[name] = g.mT @ a if preconditioner is None else self._direction(name, preconditioner, damping)
             elif gradient is not None:
                 gradient = self._gradients[name] = gradient.to(self._dtype) / scale
                 local[name] = gradient if preconditioner is None else preconditioner.apply(gradient, damping)
@@ -200,6 +222,17 @@ class RankB:
             if states[name].preconditioner is None:
                 self.served[name].write_gradient(direction)
         return {name: zeta for name, zeta in directions.items() if states[name].preconditioner is not None}
+
+    def _direction(self, name: str, preconditioner: LayerPreconditioner, damping: float) -> Tensor:
+        """The direction of this rank's rows, and on one rank its product with the gradient, where pairs are cheaper."""
+        a, g = self._taken[name]
+        rows, d_in, d_out = a.shape[1], a.shape[2], g.shape[2]
+        paired = self._config.kl_clip is not None and self._world.size == 1 and rows * (d_out + d_in) < d_out * d_in
+        if not paired or not isinstance(preconditioner, DensePreconditioner):
+            return preconditioner.apply_to_rows(a, g, damping)
+        right, left = preconditioner.rows(a, g)
+        self._products[name] = product_over_pairs((a, g), (right, left))
+        return times_left(left.mT, right)
 
     def _mean(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means over the ranks, for what any of them has."""
@@ -236,6 +269,8 @@ class RankB:
 
     def _product(self, name: str, direction: Tensor) -> Tensor:
         """The product of a direction with this rank's gradient."""
+        if name in self._products:
+            return self._products[name]
         if name in self._taken:
             a, g = self._taken[name]
             return torch.sum((g @ direction) * a)
@@ -244,6 +279,6 @@ class RankB:
 
     def close(self) -> None:
         """Remove the hooks; rows that are held become gradients. Idempotent."""
-        self._taken, self._gradients = {}, {}
+        self._taken, self._gradients, self._products = {}, {}, {}
         for rows in self._rows.values():
             rows.close()

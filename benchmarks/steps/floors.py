@@ -49,8 +49,11 @@ class Floor:
 
 CURVATURE = ("backward of sampled targets", "moments", "Cholesky inverses")
 DENSE = Floor("two dense products per layer", ("dense products",), CURVATURE)
+ROWS = Floor("rank-B products beside the weight gradients", ("rank-B products",), CURVATURE)
 SAMPLES = Floor("rank-B products", ("rank-B products",), CURVATURE, less=("weight gradients",))
-INPUT = Floor("one dense product per layer", ("input products",), ("input moments", "input Cholesky inverses"))
+INPUT_CURVATURE = ("input moments", "input Cholesky inverses")
+INPUT_ROWS = Floor("input rank-B products beside the weight gradients", ("input rank-B products",), INPUT_CURVATURE)
+INPUT_SAMPLES = Floor("input rank-B products", INPUT_ROWS.plain, INPUT_CURVATURE, less=("weight gradients",))
 WITHOUT_MOMENTS = Floor("two dense products per layer, without moments", DENSE.plain, (CURVATURE[0], CURVATURE[2]))
 
 
@@ -120,9 +123,9 @@ def products(rows: int, a: int, g: int, generator: torch.Generator) -> dict[str,
 
     return {
         "dense products": lambda: torch.mm(torch.mm(G, W, out=half), A, out=full),
-        "input products": lambda: torch.mm(W, A, out=full),
         "weight gradients": lambda: torch.mm(dy.T, x, out=full),
         "rank-B products": lambda: torch.mm(torch.mm(dy, G, out=dyG).T, torch.mm(x, A, out=xA), out=full),
+        "input rank-B products": lambda: torch.mm(dy.T, torch.mm(x, A, out=xA), out=full),
         "moments": lambda: (torch.mm(x.T, x, out=AA), torch.mm(dy.T, dy, out=GG)),
         "input moments": lambda: torch.mm(x.T, x, out=AA),
         "Cholesky inverses": lambda: (invert(A, AA), invert(G, GG)),

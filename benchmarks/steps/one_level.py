@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.page import table
-from benchmarks.steps.floors import DENSE, INPUT, SAMPLES, WITHOUT_MOMENTS, Floor, pieces
+from benchmarks.steps.floors import (
+    DENSE,
+    INPUT_ROWS,
+    INPUT_SAMPLES,
+    ROWS,
+    SAMPLES,
+    WITHOUT_MOMENTS,
+    Floor,
+    pieces,
+)
 from benchmarks.steps.peer import METHODS
 from benchmarks.steps.problems import Problem, Sizes, autoencoder, resnet20
 from benchmarks.steps.runs import ONE_LEVEL, OurRun, PeerRun, Run
@@ -52,24 +61,37 @@ class Net:
 
 
 DEFAULT = "one level"
+SAMPLED = {"preconditioning": "samples"}
+INPUT_SIDE = {"factor_sides": "input"}
+WITHOUT_CLIP = {"kl_clip": None}
 AUTOENCODER = Net(
     "MNIST autoencoder, batch {batch}",
     (
-        Cell(DEFAULT, {}, (2.6, 3.0), DENSE, METHODS),
-        Cell('preconditioning="samples"', {"preconditioning": "samples"}, (1.9, 2.1), SAMPLES, METHODS),
-        Cell('factor_sides="input"', {"factor_sides": "input"}, (1.4, 1.6), INPUT, METHODS),
+        Cell(DEFAULT, {}, (2.6, 3.0), ROWS, METHODS),
+        Cell('preconditioning="gradients"', {"preconditioning": "gradients"}, (2.6, 3.0), DENSE, METHODS),
+        Cell('preconditioning="samples"', SAMPLED, (1.9, 2.1), SAMPLES, METHODS),
+        Cell("the same, no clip", SAMPLED | WITHOUT_CLIP, (1.9, 2.1), SAMPLES, METHODS),
+        Cell('factor_sides="input"', INPUT_SIDE, (1.4, 1.6), INPUT_ROWS, METHODS),
+        Cell('"input", "samples"', INPUT_SIDE | SAMPLED, (1.4, 1.6), INPUT_SAMPLES, METHODS),
+        Cell('"input", "samples", no clip', INPUT_SIDE | SAMPLED | WITHOUT_CLIP, (1.4, 1.6), INPUT_SAMPLES, METHODS),
         Cell('damping_method="eigen"', {"damping_method": "eigen"}, rivals=("eigen",)),
     ),
     {"inverse": (4.5, 9.3), "eigen": (4.5, 5.4)},
 )
 LARGE = Net(
     "MNIST autoencoder, batch {batch}",
-    (Cell(DEFAULT, {}, (1.2, 1.25), DENSE, METHODS),),
+    (
+        Cell(DEFAULT, {}, (1.2, 1.25), DENSE, METHODS),
+        Cell("factor_samples=0.25", {"factor_samples": 0.25}, (1.2, 1.25), rivals=METHODS),
+    ),
     {"inverse": (None, None), "eigen": (None, None)},
 )
 RESNET = Net(
     "ResNet-20, {side} x {side}, batch {batch}",
-    (Cell(DEFAULT, {}, (1.05, 1.15), WITHOUT_MOMENTS, METHODS),),
+    (
+        Cell(DEFAULT, {}, (1.05, 1.15), WITHOUT_MOMENTS, METHODS),
+        Cell("factor_samples=0.25", {"factor_samples": 0.25}, (1.05, 1.15), rivals=METHODS),
+    ),
     {"inverse": (1.18, 1.64), "eigen": (1.18, 1.64)},
 )
 

@@ -100,6 +100,7 @@ def test_pieces_of_floors_are_the_products_they_stand_for() -> None:
     A, G = (s.T @ s / 6 + 0.1 * torch.eye(s.shape[1]) for s in (x, dy))
     torch.testing.assert_close(made["dense products"](), G @ W @ A)
     torch.testing.assert_close(made["rank-B products"](), G @ (dy.T @ x) @ A)
+    torch.testing.assert_close(made["input rank-B products"](), dy.T @ x @ A)
     torch.testing.assert_close(made["weight gradients"](), dy.T @ x)
     torch.testing.assert_close(made["moments"](), (x.T @ x, dy.T @ dy))
     for name in ("Cholesky inverses", "input Cholesky inverses"):
