@@ -38,7 +38,7 @@ from kfac_dist.study.mnist import mnist_digits
 
 BATCH, CYCLE, CYCLES = 256, 5, 4
 WIDTHS = (784, 1000, 500, 250, 30)
-METHOD = Method(factor_every=CYCLE, inverse_every=CYCLE)
+METHOD = Method(factor_every=CYCLE, inverse_every=CYCLE, by_rows=True)
 STRATEGIES = ("comm_opt", "mem_opt")
 WORLDS = (2, 3, 4, 8, 16, 24, 32, 64, 128, 256, 512, 1024)
 NAMES = ("resnet50", "vit_b_16", "gpt2_small", "bert_large")

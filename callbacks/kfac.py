@@ -85,9 +85,11 @@ class KFAC(pl.Callback):
         initial_damping: where "adaptive" starts.
         factor_samples: share of the samples, in (0, 1], that the factors are made of, chosen anew at each update.
         inverse_schedule: invert all layers "together", every n steps, or "staggered": some at each of these n steps.
-        preconditioning: "gradients", or "samples": nn.Linear layers whose batch has fewer rows than about two thirds of
-            their width get no weight gradient in the backward; their direction is made of the rows themselves. Under
-            DDP K-FAC then exchanges these directions in the place of DDP's gradients.
+        preconditioning: what directions are made of, which are the same to rounding. "gradients": of the gradients, by
+            two dense products per layer. "auto": on one process, on a CPU, those of nn.Linear layers whose batch has
+            fewer rows than about two thirds of their width are made of these rows, as long as the gradient turns out to
+            be what they make. "samples": such layers get no weight gradient in the backward at all; under DDP K-FAC
+            then exchanges these directions in the place of DDP's gradients.
 
     Raises:
         MisconfigurationException: a value is out of its bounds.

@@ -39,6 +39,7 @@ class Method:
         coarse: dimension of the coarse space; 0 for one level.
         coarse_every: steps between coarse solves.
         coarse_samples: samples that are kept for it, over all ranks.
+        by_rows: on one rank, directions are made of a batch's rows where that is less work (as they are on a CPU).
     """
 
     factor_every: int = 10
@@ -50,6 +51,7 @@ class Method:
     coarse: int = 0
     coarse_every: int = 1
     coarse_samples: int = 256
+    by_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,8 @@ def forecast(
     sgd += machine.collective(word * network.parameters, world_size)
     busy = precondition.longest / precondition.total if precondition.total else 0.0
     products = (4 if method.eigen else 2) * precondition.longest
+    if method.by_rows and world_size == 1:
+        products -= sum(_saved_by_rows(layer, method, batch) for layer in network.layers)
     phases = {
         "precondition": products / machine.gemm
         + word * network.parameters * PASSES["precondition"] * busy / machine.memory
@@ -289,6 +293,16 @@ def forecast(
         phases["coarse"] += method.coarse**3 / machine.cholesky + 2 * talk.get("coarse", 0.0)
         phases["coarse"] += steps["precondition"]
     return Forecast(assignment, sent, held, invert, precondition, phases, sgd, method)
+
+
+def _saved_by_rows(layer: LayerWork, method: Method, batch: int) -> float:
+    """Flops that a layer with dense factors saves where its direction is made of the rows of ``batch`` samples."""
+    cost, rows = layer.cost, layer.rows * batch
+    if layer.joint or cost.groups > 1 or any(number > 1 for _, number in cost.blocks(method.sides).values()):
+        return 0.0
+    squares = sum(order**2 for order, _ in cost.blocks(method.sides).values())
+    dense = cost.preconditioning(method.sides)
+    return max(0.0, 2.0 * (dense - rows * (squares + cost.input_dim * cost.output_dim)))
 
 
 def _moment_flops(layer: LayerWork, sides: Sides) -> float:

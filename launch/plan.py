@@ -50,9 +50,13 @@ def main(argv: Sequence[str]) -> int:
         value = getattr(options, name)
         if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
             parser.error(f"--{name.replace('_', '-')} {value} must be above 0")
-    network, method = _configured(rest) if options.layers is None else (networks[options.layers](), Method())
+    network, method = (
+        _configured(rest) if options.layers is None else (networks[options.layers](), Method(by_rows=True))
+    )
     given = {"factor_every": options.factor_every_n_steps, "inverse_every": options.inverse_every_n_steps}
     method = replace(method, **{name: value for name, value in given.items() if value is not None})
+    if not options.calibrate:  # an accelerator's rates: there it takes the dense products
+        method = replace(method, by_rows=False)
     machine = calibrate() if options.calibrate else Machine.from_rates(1e13, 1e10)
     if options.flops is not None:
         scaled = Machine.from_rates(options.flops, machine.bandwidth)
@@ -110,6 +114,7 @@ def method_of(config: KFACConfig, coarse: CoarseConfig | None, layers: int) -> M
         eigen=wants_eigenbases(config),
         sides=config.factor_sides,
         draws=1 if isinstance(draws, str) else draws,
+        by_rows=config.preconditioning == "auto",
     )
     if coarse is None:
         return method

@@ -178,6 +178,16 @@ def test_one_rank_by_hand() -> None:
     assert plan.bytes_per_step == plan.collectives_per_step == 0
 
 
+def test_rows_take_the_place_of_dense_products_on_one_rank_where_they_are_fewer() -> None:
+    network = Network("net", (linear("wide", 99, 50), linear("narrow", 4, 3)), batch=10)
+    machine = Machine(1e9, 1e9, 1e9, 1e12, 1e9, 0.0, 0.0)
+    dense, rows = (forecast(network, Method(by_rows=by_rows), machine, 1, 1) for by_rows in (False, True))
+    saved = 2 * (100 * 50 * 150 - 10 * (100**2 + 50**2 + 100 * 50))  # and 10 rows are too many for the narrow layer
+    assert dense.phases["precondition"] - rows.phases["precondition"] == pytest.approx(saved / 1e9)
+    several = [forecast(network, Method(by_rows=by_rows), machine, 2, 2).phases for by_rows in (False, True)]
+    assert several[0] == several[1]
+
+
 def test_a_collective_takes_the_ring_s_time() -> None:
     machine = Machine(gemm=1, cholesky=1, eigh=1, memory=1, bandwidth=100.0, latency=0.5, operation=0)
     assert machine.collective(1000, 1) == 0.0
