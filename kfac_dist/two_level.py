@@ -23,7 +23,7 @@ from kfac_dist.config import CoarseConfig, check_number, evaluate
 from kfac_dist.correction import Correction
 from kfac_dist.fine import Fine
 from kfac_dist.metrics import MetricValue
-from kfac_dist.samples import DEFAULT_SAMPLES, Samples, share
+from kfac_dist.samples import Samples, share
 from kfac_dist.trust import LevenbergMarquardt
 
 Result = TypeVar("Result")
@@ -78,10 +78,7 @@ class TwoLevel:
         total = self.config.max_samples
         if total is None:
             return None
-        if total == "auto":
-            blocks = 1 if self.space.spans_network else layers
-            total = max(DEFAULT_SAMPLES, 4 * blocks * self.space.count)
-        return share(int(total), self._communicator)
+        return share(self.space.samples(layers) if total == "auto" else int(total), self._communicator)
 
     # -- one correction -------------------------------------------------------------------------------------------
 

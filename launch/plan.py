@@ -120,7 +120,7 @@ def method_of(config: KFACConfig, coarse: CoarseConfig | None, layers: int) -> M
         return method
     space = coarse_spaces[coarse.space](coarse)
     dimension = space.count * (1 if space.spans_network else layers)
-    samples = coarse.max_samples if isinstance(coarse.max_samples, int) else max(256, 4 * dimension)
+    samples = coarse.max_samples if isinstance(coarse.max_samples, int) else space.samples(layers)
     return replace(
         method,
         eigen=method.eigen or space.uses_eigenbases,

@@ -123,9 +123,16 @@ def test_old_samples_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("space", "k", "layers", "wanted"),
-    [("layer_step", 1, 3, 256), ("pcg", 8, 20, 640), ("layer_step_momentum", 1, 50, 400), ("scalar", 1, 99, 256)],
+    [
+        ("layer_step", 1, 3, 64),
+        ("pcg", 8, 20, 640),
+        ("pcg", 2, 3, 256),
+        ("layer_step_residual", 1, 3, 256),
+        ("layer_step_momentum", 1, 50, 400),
+        ("scalar", 1, 99, 64),
+    ],
 )
-def test_auto_is_the_larger_of_256_and_4_m(space: str, k: int, layers: int, wanted: int) -> None:
+def test_auto_is_the_larger_of_what_a_space_needs_and_4_m(space: str, k: int, layers: int, wanted: int) -> None:
     config = CoarseConfig(space=space, vectors_per_layer=k)
     assert TwoLevel(config, coarse_spaces[config.space](config), make_communicator("single")).quota(layers) == wanted
 

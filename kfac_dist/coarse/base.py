@@ -15,7 +15,7 @@ from torch import Tensor
 from kfac_dist.config import CoarseConfig
 from kfac_dist.inverse import EigenPreconditioner
 from kfac_dist.registry import Registry
-from kfac_dist.samples import Samples
+from kfac_dist.samples import DEFAULT_SAMPLES, Samples
 
 
 class RankOne(NamedTuple):
@@ -120,6 +120,9 @@ class CoarseSpace(ABC):
     uses_eigenbases = False
     """Whether the fine level must hold eigendecompositions rather than inverses."""
 
+    least_samples = DEFAULT_SAMPLES
+    """B_c where ``max_samples`` is "auto" and 4 m are fewer: vectors that are made of these samples overfit few."""
+
     needs_output_factor = False
     """Whether the space is made of G, which ``factor_sides="input"`` does not keep."""
 
@@ -138,6 +141,10 @@ class CoarseSpace(ABC):
     @abstractmethod
     def vectors(self, fine: FineLevel) -> Mapping[str, Sequence[Vector]]:
         """Layer -> its raw basis vectors, the same on every rank; they are made orthonormal by the caller."""
+
+    def samples(self, layers: int) -> int:
+        """B_c where ``max_samples`` is "auto"."""
+        return max(self.least_samples, 4 * self.count * (1 if self.spans_network else layers))
 
     def forget(self) -> None:  # noqa: B027 - most spaces keep nothing
         """Drop what was kept of the factors: others have taken their place."""

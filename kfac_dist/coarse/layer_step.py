@@ -11,10 +11,15 @@ from collections.abc import Mapping, Sequence
 
 from kfac_dist.coarse.base import FineLevel, StepSpace, Vector, coarse_spaces
 
+FEW = 64
+"""Samples that are enough where no vector is made of them (benchmarks/coarse_interval.md)."""
+
 
 @coarse_spaces.register("layer_step")
 class LayerStep(StepSpace):
     """V_i = zeta_i: the optimal step size of every layer; m = L."""
+
+    least_samples = FEW
 
     def vectors(self, fine: FineLevel) -> Mapping[str, Sequence[Vector]]:
         """See :meth:`CoarseSpace.vectors`."""
@@ -30,6 +35,7 @@ class LayerStepMomentum(StepSpace):
 
     uses_momentum = True
     fixed_count = 2
+    least_samples = FEW
 
     def vectors(self, fine: FineLevel) -> Mapping[str, Sequence[Vector]]:
         """See :meth:`CoarseSpace.vectors`."""

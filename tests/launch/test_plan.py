@@ -102,5 +102,5 @@ def test_a_coarse_level_and_draws_are_part_of_the_method() -> None:
     config = KFACConfig()
     assert planner.method_of(config, None, 5).draws == 0
     method = planner.method_of(config, CoarseConfig(space="layer_step_momentum"), 5)
-    assert (method.coarse, method.coarse_samples) == (10, 256)
+    assert (method.coarse, method.coarse_samples) == (10, 64)
     assert planner.method_of(config, CoarseConfig(space="scalar"), 5).coarse == 1
