@@ -15,7 +15,7 @@ from kfac_dist.kept_rows import Rows
 from kfac_dist.metrics import MetricValue
 from kfac_dist.one_level import OneLevel
 from kfac_dist.samples import Samples
-from kfac_dist.trust import MAX_REJECTIONS
+from kfac_dist.trust import MAX_REJECTIONS, loss_before
 from kfac_dist.two_level import TwoLevel
 from kfac_dist.update import Update, plan_update, reduction_ratio
 
@@ -28,11 +28,13 @@ class Step:
         number: 0, 1, ..
         lr: the outer optimizer or its rate; None: 1.
         closure: the training loss on the same batch, for adaptive damping.
+        loss: what it returns now, where that is known.
     """
 
     number: int
     lr: float | Optimizer | None
     closure: Callable[[], Tensor] | None
+    loss: Tensor | float | None = None
 
 
 def plan_step(
@@ -63,7 +65,7 @@ def plan_step(
     layers = [layer for layer in one.layers if layer.name in directions]
     joint = frozenset(layer.name for layer in layers if layer.joint)
     report: dict[str, MetricValue] = {}
-    correction, taken = None, True
+    correction, taken, before = None, True, None
     judged = _judged(one, two) if step.closure is not None else None
     for _ in range(MAX_REJECTIONS):
         damping = one.damping.value(step.number)
@@ -92,8 +94,10 @@ def plan_step(
             break
         if not bool(torch.isfinite(update.products).all()):
             break
+        if before is None:  # and not at every attempt
+            before = loss_before(model, step.closure) if step.loss is None else float(step.loss)
         ratio = reduction_ratio(
-            model, update, gradients, samples, one.world, rule.damping, one.loss_scale, step.closure
+            model, update, gradients, samples, one.world, rule.damping, one.loss_scale, step.closure, before
         )
         if ratio is None:
             break

@@ -252,6 +252,7 @@ class KFACPreconditioner:
         lr: float | Optimizer | None = None,
         grad_scale: float = 1.0,
         closure: Callable[[], Tensor] | None = None,
+        loss: Tensor | float | None = None,
     ) -> None:
         """Rewrite ``param.grad`` in place; every rank calls it, also one that saw no data.
 
@@ -259,10 +260,12 @@ class KFACPreconditioner:
             lr: the outer optimizer, whose group rates enter per layer, or a number; for the KL clip and the adaptive
                 damping.
             grad_scale: what a gradient scaler multiplied the LOSS by; the gradients themselves have to be unscaled.
-            closure: returns the loss on the same batch; adaptive damping calls it twice every five steps, without
-                gradients, with the model's parameters, buffers and the random streams left as they were. All ranks
-                give one or none does (where ``wants_loss`` is False it is not called); on a rank without samples it
-                returns NaN.
+            closure: returns the loss on the same batch; adaptive damping calls it every five steps, before the update
+                and after it, without gradients, with the model's parameters, buffers and the random streams left as
+                they were. All ranks give one or none does (where ``wants_loss`` is False it is not called); on a rank
+                without samples it returns NaN.
+            loss: what the closure would return before the update, and is not asked for then: the very loss that was
+                trained on, in a model that draws no random numbers.
 
         Raises:
             RuntimeError: no statistics were accumulated on a factor step, or replicas drifted apart.
@@ -294,7 +297,7 @@ class KFACPreconditioner:
                 directions |= self._rank_b.precondition(one.states, damping, one.loss_scale)
             if directions:
                 with self._timer("write" if self._two is None else "coarse"):
-                    update = self._plan(gradients, directions, rows, lr, closure)
+                    update = self._plan(gradients, directions, rows, Step(self._step, lr, closure, loss))
                 with self._timer("write"):
                     update.write()
                 values |= update.metrics()
@@ -316,16 +319,14 @@ class KFACPreconditioner:
         gradients: Mapping[str, Tensor],
         directions: Mapping[str, Tensor],
         rows: Mapping[str, Rows],
-        lr: float | Optimizer | None,
-        closure: Callable[[], Tensor] | None,
+        step: Step,
     ) -> Update:
         """The clip, the coarse correction and the trial of an adaptive damping, as far as there are any."""
         if self._rank_b.served:
             layers = [layer for layer in self.layers if layer.name in directions]
             known = self._rank_b.products(directions)
-            return plan_update(layers, gradients, directions, None, self.config.kl_clip, lr, known)
+            return plan_update(layers, gradients, directions, None, self.config.kl_clip, step.lr, known)
         two = None if self._samples is None else self._two
-        step = Step(self._step, lr, closure)
         return plan_step(self.model, self._one, two, self._samples, gradients, directions, rows, step)
 
     def _take_statistics(self, grad_scale: float, lr: float | Optimizer | None, local: Sequence[Tensor]) -> None:

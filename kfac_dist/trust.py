@@ -71,23 +71,27 @@ def unchanged(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def trial_losses(
+def loss_before(model: nn.Module, closure: Callable[[], Tensor | float]) -> float:
+    """The loss as the model is; what the evaluation changes in it is taken back."""
+    with unchanged(model, ()):
+        return float(closure())
+
+
+def loss_after(
     model: nn.Module,
     parameters: Sequence[Tensor],
     updates: Sequence[Tensor],
     closure: Callable[[], Tensor | float],
-) -> tuple[float, float]:
-    """The loss on the same batch before the update and after it, with the same random numbers.
+) -> float:
+    """The loss on the same batch after an update, with the random numbers of :func:`loss_before`.
 
     Args:
         model: its buffers are restored.
         parameters: what the update changes: parameters, or views of them.
         updates: what is SUBTRACTED from each of them, in its shape.
-        closure: returns the loss of the batch; it is called twice, without gradients.
+        closure: returns the loss of the batch; it is called without gradients.
     """
-    with unchanged(model, ()):
-        before = float(closure())
     with unchanged(model, parameters):
         for parameter, update in zip(parameters, updates, strict=True):
             parameter.sub_(update.to(parameter.dtype))
-        return before, float(closure())
+        return float(closure())

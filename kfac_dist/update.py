@@ -17,7 +17,7 @@ from kfac_dist.correction import Correction
 from kfac_dist.layers import Layer
 from kfac_dist.metrics import MetricValue
 from kfac_dist.samples import Samples
-from kfac_dist.trust import trial_losses
+from kfac_dist.trust import loss_after
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ def reduction_ratio(
     damping: float,
     loss_scale: float,
     closure: Callable[[], Tensor | float],
+    before: float,
 ) -> float | None:
     """True decrease of the loss over the one that the damped quadratic model predicts (Martens and Grosse, 6.5).
 
@@ -165,6 +166,7 @@ def reduction_ratio(
         damping: the one that is judged, in the model's F + damping I.
         loss_scale: the training loss over the mean one.
         closure: the training loss on the same batch.
+        before: what it is without the update.
 
     Returns:
         The ratio; NaN where the model predicts no decrease; None where no rank has a finite loss before the update.
@@ -175,7 +177,7 @@ def reduction_ratio(
     }
     views = [view for layer in update.layers for view in layer.views]
     parts = [part for layer in update.layers for part in layer.parts(steps[layer.name])]
-    before, after = trial_losses(model, views, parts, closure)
+    after = loss_after(model, views, parts, closure)
     like = next(iter(steps.values()))
     w = samples.along(steps)
     known = math.isfinite(before)

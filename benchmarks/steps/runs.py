@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.steps.problems import Problem
@@ -66,15 +66,16 @@ class Run(Timed):
         self.optimizer.zero_grad()
         logits = self.net(self.problem.x)
         self.after_forward()
-        self.problem.loss(logits, self.problem.y).backward()
-        self.after_backward()
+        loss = self.problem.loss(logits, self.problem.y)
+        loss.backward()
+        self.after_backward(loss.detach())
         self.optimizer.step()
         self.steps += 1
 
     def after_forward(self) -> None:
         """Nothing."""
 
-    def after_backward(self) -> None:
+    def after_backward(self, loss: Tensor) -> None:
         """Nothing."""
 
 
@@ -117,10 +118,10 @@ class OurRun(Run):
         """Sampled targets, on steps with new curvature."""
         self.kfac.accumulate()
 
-    def after_backward(self) -> None:
+    def after_backward(self, loss: Tensor) -> None:
         """The direction in place of the gradient."""
         closure = (lambda: self.problem.loss(self.net(self.problem.x), self.problem.y)) if self.kfac.uses_loss else None
-        self.kfac.step(lr=self.lr, closure=closure)
+        self.kfac.step(lr=self.lr, closure=closure, loss=loss)
 
 
 class PeerRun(Run):
@@ -145,7 +146,7 @@ class PeerRun(Run):
         options = {"lr": self.lr, "compute_method": method, "grad_worker_fraction": fraction, **ONE_LEVEL, **intervals}
         self.kfac = peer(self.net, **options)
 
-    def after_backward(self) -> None:
+    def after_backward(self, loss: Tensor) -> None:
         """The direction in place of the gradient."""
         self.kfac.step()
 

@@ -94,7 +94,7 @@ def build_kfac_pytorch(model: nn.Module, kfac: Settings, settings: Settings, see
     keywords = dict(settings)
     optimizer = SGD(model.parameters(), lr=keywords["lr"], momentum=keywords.pop("momentum"))
     preconditioner = import_kfac_pytorch().KFACPreconditioner(model, **keywords)
-    return Stepper([optimizer], precondition=lambda closure: preconditioner.step())
+    return Stepper([optimizer], precondition=lambda closure, loss: preconditioner.step())
 
 
 def without(package: str, cure: str) -> Callable[[], str | None]:
@@ -122,7 +122,8 @@ def build_kfac(model: nn.Module, kfac: Settings, settings: Settings, seed: int) 
     return Stepper(
         [optimizer],
         accumulate=preconditioner.accumulate,
-        precondition=lambda closure: preconditioner.step(lr=optimizer, closure=closure),
+        # The problems' models draw no random numbers: the loss that was trained on is the closure's.
+        precondition=lambda closure, loss: preconditioner.step(lr=optimizer, closure=closure, loss=loss),
         preconditioner=preconditioner,
     )
 
@@ -137,7 +138,7 @@ RATE_FREE = {"lr": 1.0, "momentum": 0.0, "uncovered_lr": 0.01, "coarse_damping":
 
 
 def one_level(title: str, cost: float, **fixed: Any) -> Method:
-    """One-level K-FAC with fixed keywords, by the cheaper route where a batch is small (exact to rounding)."""
+    """One-level K-FAC with fixed keywords, by the cheapest route where a batch is small (exact to rounding)."""
     settings = INTERVALS | MOMENTUM | {"preconditioning": "samples"} | fixed
     return Method(title=title, build=build_kfac, space=ONE_LEVEL, fixed=settings, cost=cost, ours=True)
 
@@ -273,11 +274,11 @@ METHODS: dict[str, Method] = {
         damping="adaptive",
         coarse_damping="auto",
     ),
-    "rate_free_64": two_level(
+    "rate_free_256": two_level(
         "layer_step_momentum",
-        title="two-level K-FAC, layer_step_momentum, nothing tuned, 64 samples",
+        title="two-level K-FAC, layer_step_momentum, nothing tuned, 256 samples",
         tuned=False,
-        coarse_max_samples=64,
+        coarse_max_samples=256,
     ),
     "layer_step_momentum_fixed": two_level(
         "layer_step_momentum",

@@ -84,4 +84,4 @@ def build_natural_gradient(
     keywords = dict(settings)
     optimizer = SGD(model.parameters(), lr=keywords.pop("lr"), momentum=keywords.pop("momentum"))
     exact = NaturalGradient(model, KFACConfig(seed=seed, **kfac, **keywords))
-    return Stepper([optimizer], precondition=lambda closure: exact.step(optimizer))
+    return Stepper([optimizer], precondition=lambda closure, loss: exact.step(optimizer))

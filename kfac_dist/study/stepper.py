@@ -15,7 +15,7 @@ def nothing() -> None:
     """What most optimizers do between the forward and the backward."""
 
 
-def unchanged(closure: Callable[[], Tensor]) -> None:
+def unchanged(closure: Callable[[], Tensor], loss: Tensor) -> None:
     """What most optimizers do to the gradient."""
 
 
@@ -26,13 +26,13 @@ class Stepper:
     Attributes:
         optimizers: they step one after the other.
         accumulate: called between the forward and the backward.
-        precondition: called after the backward; it gets a closure that returns the loss of the same batch.
+        precondition: called after the backward, with a closure that returns the loss of the same batch, and that loss.
         preconditioner: K-FAC, where that is what rewrites the gradient; for looking at it.
     """
 
     optimizers: Sequence[Optimizer]
     accumulate: Callable[[], None] = nothing
-    precondition: Callable[[Callable[[], Tensor]], None] = unchanged
+    precondition: Callable[[Callable[[], Tensor], Tensor], None] = unchanged
     preconditioner: KFACPreconditioner | None = None
 
     def step(self, loss: Callable[[], Tensor], closure: Callable[[], Tensor]) -> Tensor:
@@ -50,7 +50,7 @@ class Stepper:
         value = loss()
         self.accumulate()
         value.backward()
-        self.precondition(closure)
+        self.precondition(closure, value.detach())
         for optimizer in self.optimizers:
             optimizer.step()
         return value.detach()
