@@ -27,10 +27,13 @@ CYCLE, BATCH = 10, 256
 VARIANTS: dict[str, tuple[CoarseConfig | None, str]] = {
     "one level": (None, ""),
     "layer_step": (CoarseConfig(space="layer_step", damping=1.0), "L"),
-    "layer_step, 64 samples": (CoarseConfig(space="layer_step", damping=1.0, max_samples=64), "L"),
+    "layer_step, 256 samples": (CoarseConfig(space="layer_step", damping=1.0, max_samples=256), "L"),
     "nicolaides": (CoarseConfig(space="nicolaides"), "L"),
     "layer_step_momentum": (CoarseConfig(space="layer_step_momentum", damping=1.0), "2 L"),
-    "layer_step_momentum, 64 samples": (CoarseConfig(space="layer_step_momentum", damping=1.0, max_samples=64), "2 L"),
+    "layer_step_momentum, 256 samples": (
+        CoarseConfig(space="layer_step_momentum", damping=1.0, max_samples=256),
+        "2 L",
+    ),
     "layer_step_residual": (CoarseConfig(space="layer_step_residual", damping=1.0), "2 L"),
     "spectral": (CoarseConfig(space="spectral", vectors_per_layer=8), "8 L"),
     "krylov": (CoarseConfig(space="krylov", vectors_per_layer=8), "8 L"),

@@ -3,7 +3,7 @@
     python -m benchmarks.demo
 
 Every method trains from the same initial weights on the same batches (256 digits over two ranks) with the settings that
-``benchmarks/tune_baselines.py`` found for it; two-level K-FAC (``coarse="layer_step_momentum"``) has no learning rate.
+the trials of ``benchmarks/race.py`` chose; two-level K-FAC (``coarse="layer_step_momentum"``) has no learning rate.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ class CoarseConfig:
         every_n_steps: steps between coarse solves. In between, spaces that contain zeta keep their coefficients and the
             others make one-level steps.
         max_samples: B_c, samples of the last curvature batch that are kept for the coarse level, over all ranks;
-            "auto": max(64, 4 m) for "layer_step", "scalar" and both with momentum, max(256, 4 m) for the other spaces,
-            whose vectors may overfit few samples; None: all of them. Raw layer inputs and output gradients of these
+            "auto": max(64, 4 m) for "layer_step", "scalar" and both with momentum, max(256, 4 m) for the other spaces;
+            None: all of them. Raw layer inputs and output gradients of these
             samples live until the next curvature batch.
         damping: lam_c, which takes the place of the fine damping everywhere in the coarse level; None: the fine
             damping; a number; a function of the step; "adaptive" (Levenberg-Marquardt, which needs the loss: a closure

@@ -296,9 +296,9 @@ def forecast(
 
 
 def _saved_by_rows(layer: LayerWork, method: Method, batch: int) -> float:
-    """Flops that a layer with dense factors saves where its direction is made of the rows of ``batch`` samples."""
+    """Flops that an nn.Linear with dense factors saves where its direction is made of the rows of ``batch`` samples."""
     cost, rows = layer.cost, layer.rows * batch
-    if layer.joint or cost.groups > 1 or any(number > 1 for _, number in cost.blocks(method.sides).values()):
+    if not layer.plain or any(number > 1 for _, number in cost.blocks(method.sides).values()):
         return 0.0
     squares = sum(order**2 for order, _ in cost.blocks(method.sides).values())
     dense = cost.preconditioning(method.sides)

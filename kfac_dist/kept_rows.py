@@ -4,8 +4,8 @@
     against  g a (g + a)  for the two dense products.
 
 The backward is left as it is. Whether the gradient still is g^T a is asked of a random vector v (Freivalds): g^T (a v)
-against ``grad v``. Whatever came to it on another way, a penalty on the weights, a clip, a scaler, a second backward,
-an input that was overwritten, makes the two differ, and the layer takes the dense route. No rows are taken on trust.
+against ``grad v``. Whatever came to it on another way, a penalty on the weights, a clip, a scaler, an input that was
+overwritten, makes the two differ, and the layer takes the dense route. No rows are taken on trust.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kfac_dist.compat import in_backward
 from kfac_dist.config import KFACConfig
 from kfac_dist.layers import Layer
+from kfac_dist.layers.linear import LinearLayer
 from kfac_dist.layers.watch import silenced
 
 Rows = tuple[Tensor, Tensor]
@@ -32,13 +34,18 @@ ROUNDING = 16
 """How many units of rounding of its terms a gradient may differ from g^T a."""
 
 
-def worthwhile(layer: Layer, rows: int, config: KFACConfig) -> bool:
-    """Whether so many rows, and the question whether they are the gradient, save enough of the dense products."""
+def saved(layer: Layer, rows: int, config: KFACConfig) -> int:
+    """Multiply-adds of the two dense products, less those of so many rows with the inverses (eigenbases: the same)."""
     d_out, d_in = layer.output_dim, layer.input_dim
     a = layer.factors["A"].size
     g = layer.factors["G"].size if config.factor_sides == "both" else 0
-    by_rows = rows * (d_out * g + d_in * a + d_out * d_in + 2 * (d_out + d_in)) + d_out * d_in
-    return by_rows + WORTH <= d_out * d_in * (g + a)
+    return d_out * d_in * (g + a) - rows * (d_out * g + d_in * a)
+
+
+def worthwhile(layer: Layer, rows: int, config: KFACConfig) -> bool:
+    """Whether that is worth it, after the product of the rows and the question whether they are the gradient."""
+    d_out, d_in = layer.output_dim, layer.input_dim
+    return saved(layer, rows, config) >= (rows + 1) * d_out * d_in + 2 * rows * (d_out + d_in) + WORTH
 
 
 @dataclass
@@ -47,21 +54,30 @@ class _Call:
 
     x: Tensor
     g: Tensor | None = None
+    handle: RemovableHandle | None = None
 
     def deliver(self, gradient: Tensor) -> None:
         self.g = gradient.detach()
+
+    def drop(self) -> None:
+        """Leave the graph, which may live on for long, as it keeps a loss."""
+        if self.handle is not None:
+            self.handle.remove()
 
 
 class _LayerCalls:
     """The calls of one layer since the last step; none where they have too many rows to be of use."""
 
-    def __init__(self, layer: Layer, pays: Callable[[int], bool]) -> None:
+    def __init__(self, layer: LinearLayer, dtype: torch.dtype, pays: Callable[[int], bool]) -> None:
         self.layer = layer
+        self._dtype = dtype
         self._pays = pays
         self._calls: list[_Call] = []
         self._rows = 0
+        # Signs at random, and magnitudes in [1, 2): no column, such as that of the bias, is looked at through a zero.
         generator = torch.Generator().manual_seed(0)
-        self._probe = torch.randn(layer.input_dim, generator=generator, dtype=torch.float64)
+        numbers = torch.rand(2, layer.input_dim, generator=generator, dtype=torch.float64)
+        self._probe = (1.0 + numbers[0]) * (numbers[1] - 0.5).sign()
         self.handle = layer.module.register_forward_hook(self._after(), with_kwargs=True)
 
     def _after(self) -> Callable[..., None]:
@@ -70,15 +86,15 @@ class _LayerCalls:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if torch.compiler.is_compiling() or module is not self.layer.module or silenced() or in_backward():
                 return
-            if not output.requires_grad or output.dtype != self.layer.dtype:
+            if not output.requires_grad or output.dtype != self._dtype:
                 return
             self._rows += self.layer.rows(output)
             if not self._pays(self._rows):
-                self._calls.clear()
+                self._drop()
                 return
             call = _Call((args[0] if args else next(iter(kwargs.values()))).detach())
             self._calls.append(call)
-            output.register_hook(call.deliver)
+            call.handle = output.register_hook(call.deliver)
 
         return hook
 
@@ -87,15 +103,18 @@ class _LayerCalls:
         reached = [(call.x, call.g) for call in self._calls if call.g is not None]
         if not reached:
             return None
-        inputs = [self.layer.input_rows(x) for x, _ in reached]
-        if self.layer.has_bias:
-            inputs = [torch.cat([x, x.new_ones(1, x.shape[1], 1)], dim=-1) for x in inputs]
+        inputs = [self.layer.rows_with_ones(x) for x, _ in reached]
         outputs = [self.layer.output_rows(g) for _, g in reached]
         return (inputs[0], outputs[0]) if len(reached) == 1 else (torch.cat(inputs, dim=1), torch.cat(outputs, dim=1))
 
+    def _drop(self) -> None:
+        for call in self._calls:
+            call.drop()
+        self._calls.clear()
+
     def clear(self) -> None:
         """Forget everything; the activations can be freed."""
-        self._calls.clear()
+        self._drop()
         self._rows = 0
 
     def excess(self, rows: Rows, gradient: Tensor) -> Tensor:
@@ -111,17 +130,17 @@ class KeptRows:
     """The rows of some linear layers, from the training's forward and backward to the step.
 
     Args:
-        layers: nn.Linear layers whose weights no other module has.
+        layers: those of nn.Linear modules whose weights no other module has.
         config: the method.
         dtype: the type of the directions; layers of another one are left to the dense route.
     """
 
-    def __init__(self, layers: Sequence[Layer], config: KFACConfig, dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[LinearLayer], config: KFACConfig, dtype: torch.dtype) -> None:
         def pays(layer: Layer) -> Callable[[int], bool]:
             return lambda rows: worthwhile(layer, rows, config)
 
         served = [layer for layer in layers if layer.dtype == dtype and worthwhile(layer, 1, config)]
-        self._layers = {layer.name: _LayerCalls(layer, pays(layer)) for layer in served}
+        self._layers = {layer.name: _LayerCalls(layer, dtype, pays(layer)) for layer in served}
 
     def take(self, gradients: Mapping[str, Tensor], loss_scale: float) -> dict[str, Rows]:
         """Layer -> rows (a, g) with g^T a = its gradient, for the layers of which that is true; one synchronisation.
@@ -140,6 +159,11 @@ class KeptRows:
             return rows
         excess = torch.stack([self._layers[name].excess(each, gradients[name]) for name, each in rows.items()])
         return {name: each for (name, each), far in zip(rows.items(), excess.tolist(), strict=True) if far <= 1.0}
+
+    def clear(self) -> None:
+        """Forget the calls so far."""
+        for calls in self._layers.values():
+            calls.clear()
 
     def close(self) -> None:
         """Remove the hooks; idempotent."""

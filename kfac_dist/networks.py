@@ -22,12 +22,14 @@ class LayerWork:
         rows: rows of its input per sample.
         joint: its one factor is made of whole gradients, one row per sample.
         multiplies: whether its forward is a product with the weight (an embedding looks rows up).
+        plain: whether it is an nn.Linear whose weight no other module has.
     """
 
     cost: LayerCost
     rows: float = 1.0
     joint: bool = False
     multiplies: bool = True
+    plain: bool = False
 
     @property
     def parameters(self) -> int:
@@ -77,9 +79,14 @@ class Network:
 networks: Registry[Callable[..., Network]] = Registry("layer list")
 
 
-def linear(name: str, d_in: int, d_out: int, rows: float = 1.0, bias: bool = True) -> LayerWork:
-    """A Linear, or a convolution whose patches have ``d_in`` entries."""
-    return LayerWork(LayerCost(name, d_in + bias, d_out), rows)
+def linear(name: str, d_in: int, d_out: int, rows: float = 1.0) -> LayerWork:
+    """A Linear with a bias."""
+    return LayerWork(LayerCost(name, d_in + 1, d_out), rows, plain=True)
+
+
+def convolution(name: str, d_patch: int, d_out: int, locations: float, bias: bool = False) -> LayerWork:
+    """A convolution whose patches have ``d_patch`` entries."""
+    return LayerWork(LayerCost(name, d_patch + bias, d_out), locations)
 
 
 def norm(name: str, channels: int) -> LayerWork:
@@ -106,7 +113,7 @@ def resnet50(image: int = 224, classes: int = 1000, stem: int = 7) -> Network:
     layers: list[LayerWork] = []
 
     def conv(name: str, d_in: int, d_out: int, kernel: int, side: int) -> None:
-        layers.extend([linear(name, d_in * kernel**2, d_out, side**2, bias=False), norm(f"{name}.norm", d_out)])
+        layers.extend([convolution(name, d_in * kernel**2, d_out, side**2), norm(f"{name}.norm", d_out)])
 
     side = image if stem == 3 else image // 2
     conv("stem", 3, 64, stem, side)
@@ -147,7 +154,7 @@ def vit_b_16(image: int = 224, classes: int = 1000) -> Network:
     """ViT-B/16 (Dosovitskiy et al. 2021), queries, keys and values by one Linear."""
     width, depth, patches = 768, 12, (image // 16) ** 2
     rows = patches + 1
-    layers = [linear("patches", 3 * 16**2, width, patches)]
+    layers = [convolution("patches", 3 * 16**2, width, patches, bias=True)]
     for number in range(depth):
         layers += _block(f"blocks.{number}", width, rows, {"qkv": 3 * width})
     layers += [norm("norm", width), linear("output", width, classes)]

@@ -246,6 +246,8 @@ class KFACPreconditioner:
     def forget(self) -> None:
         """Drop forwards that no :meth:`accumulate` followed (a loss that was skipped); the window's sums stay."""
         self._fisher.forget()
+        if self.config.likelihood != "empirical":  # there a training backward decides what counts
+            self._kept_rows.clear()
 
     def step(
         self,
@@ -264,16 +266,20 @@ class KFACPreconditioner:
                 and after it, without gradients, with the model's parameters, buffers and the random streams left as
                 they were. All ranks give one or none does (where ``wants_loss`` is False it is not called); on a rank
                 without samples it returns NaN.
-            loss: what the closure would return before the update, and is not asked for then: the very loss that was
-                trained on, in a model that draws no random numbers.
+            loss: what the closure would return before the update, and is not asked for then: the loss that was trained
+                on, unscaled, of the whole window, in a model that draws no random numbers. All ranks give it or none.
 
         Raises:
             RuntimeError: no statistics were accumulated on a factor step, or replicas drifted apart.
-            ValueError: adaptive damping without a closure; an optimizer that lacks a covered parameter, or that does
-                not fit the learning-rate-free mode.
+            ValueError: adaptive damping without a closure; a loss of several entries; an optimizer that lacks a covered
+                parameter, or that does not fit the learning-rate-free mode.
             kfac_dist.comm.CommunicationError: a collective failed; the message names the phase.
         """
         check_number("grad_scale", grad_scale, 0.0, open_low=True)
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(
+                f"loss of shape {tuple(loss.shape)}: step() takes the loss that was trained on, one number"
+            )
         self._check_step(lr, closure, grad_scale)
         self._before = save(self._step, self._one, self._two)
         self._world.traffic.clear()

@@ -11,7 +11,7 @@ With the KL clip <zeta, grad> is summed over rows as well: sum_r (g_r zeta) a_r,
 
     sum_rs (g_r G^-1 g_s) (a_r A^-1 a_s):    at most R^2 (g + a), as both factors are symmetric,
 
-where that is less and the direction is of one rank's rows.
+where that is less, the direction is of one rank's rows and the inverses are dense.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kfac_dist.compat import ignored_by_ddp, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig
 from kfac_dist.fused import FusedBuffer
 from kfac_dist.inverse import DensePreconditioner, LayerPreconditioner, times_left
-from kfac_dist.kept_rows import Rows
+from kfac_dist.kept_rows import Rows, saved
 from kfac_dist.layers import Layer
 from kfac_dist.layers.linear import LinearLayer
 from kfac_dist.sample_rows import LayerRows
@@ -36,7 +36,7 @@ PAIRS = 64
 """Rows of a block of pairs."""
 
 
-def plain_linears(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+def plain_linears(model: nn.Module, layers: Sequence[Layer]) -> list[LinearLayer]:
     """The layers that can be preconditioned by samples: trained nn.Linear weights that no other module has."""
     modules = list(unwrap(model).modules())
     holders: dict[int, int] = {}
@@ -56,7 +56,7 @@ def served_layers(
     coarse: CoarseConfig | None,
     distribution: DistributionConfig,
     world_size: int,
-) -> list[Layer]:
+) -> list[LinearLayer]:
     """The layers of ``preconditioning="samples"``; none otherwise.
 
     Raises:
@@ -99,11 +99,8 @@ def served_layers(
 
 def pays(layer: Layer, rows: int, config: KFACConfig) -> bool:
     """Whether so many rows are cheaper than the two products with the gradient (the same for eigenbases)."""
-    d_out, d_in = layer.output_dim, layer.input_dim
-    a = layer.factors["A"].size
-    g = layer.factors["G"].size if config.factor_sides == "both" else 0
-    clip = 0 if config.kl_clip is None else min(d_out * d_in, rows * (d_out + d_in))
-    return rows * (d_out * g + d_in * a + clip) < d_out * d_in * (g + a)
+    clip = 0 if config.kl_clip is None else layer.output_dim * layer.input_dim
+    return saved(layer, rows, config) > rows * clip
 
 
 def product_over_pairs(rows: Rows, preconditioned: Rows) -> Tensor:
@@ -135,7 +132,7 @@ class RankB:
     def __init__(
         self,
         model: nn.Module,
-        served: Sequence[Layer],
+        served: Sequence[LinearLayer],
         config: KFACConfig,
         average_gradients: bool,
         world: Communicator,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.layers import Layer
+from kfac_dist.layers.linear import LinearLayer
 from kfac_dist.layers.watch import silenced
 
 
@@ -52,11 +52,11 @@ class LayerRows:
     """The rows of one Linear layer in the window that is open.
 
     Args:
-        layer: a :class:`kfac_dist.layers.linear.LinearLayer` whose parameters no other module has.
+        layer: one whose parameters no other module has.
         pays: whether so many rows are cheaper than the gradient; calls with more leave the gradient to autograd.
     """
 
-    def __init__(self, layer: Layer, pays: Callable[[int], bool]) -> None:
+    def __init__(self, layer: LinearLayer, pays: Callable[[int], bool]) -> None:
         self.layer = layer
         self._pays = pays
         self._a: list[Tensor] = []
@@ -116,9 +116,7 @@ class LayerRows:
             self._mark = _mark(layer.weight)
             layer.weight.grad = self._mark
         # A copy: the caller may overwrite its batch before the step, and autograd gives up the activations.
-        rows = layer.input_rows(x)
-        ones = [rows.new_ones(1, rows.shape[1], 1)] if layer.has_bias else []
-        self._a.append(torch.cat([rows, *ones], dim=-1))
+        self._a.append(layer.rows_with_ones(x) if layer.has_bias else layer.input_rows(x).clone())
         self._g.append(layer.output_rows(g.detach()))
 
     def _marked(self) -> bool:

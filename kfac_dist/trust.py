@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.layers.watch import silence
+
 INTERVAL = 5
 OMEGA = 0.95**INTERVAL
 WARM_UP = 20
@@ -58,12 +60,12 @@ class LevenbergMarquardt:
 
 @contextmanager
 def unchanged(model: nn.Module, parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Leave the model's buffers, the given parameters and the random streams bitwise as they were."""
+    """Leave the model's buffers, the given parameters and the random streams bitwise as they were; hooks are silent."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     saved = [(parameter, parameter.detach().clone()) for parameter in parameters]
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), silence():
             yield
     finally:
         with torch.no_grad():

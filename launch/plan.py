@@ -55,8 +55,7 @@ def main(argv: Sequence[str]) -> int:
     )
     given = {"factor_every": options.factor_every_n_steps, "inverse_every": options.inverse_every_n_steps}
     method = replace(method, **{name: value for name, value in given.items() if value is not None})
-    if not options.calibrate:  # an accelerator's rates: there it takes the dense products
-        method = replace(method, by_rows=False)
+    method = replace(method, by_rows=options.calibrate and method.by_rows)  # accelerators take the dense products
     machine = calibrate() if options.calibrate else Machine.from_rates(1e13, 1e10)
     if options.flops is not None:
         scaled = Machine.from_rates(options.flops, machine.bandwidth)

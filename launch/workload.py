@@ -16,6 +16,7 @@ from kfac_dist.layers import FoundLayers, covered_parameters, find_layers
 from kfac_dist.layers.watch import Split
 from kfac_dist.networks import LayerWork, Network
 from kfac_dist.one_level import layer_cost
+from kfac_dist.rank_b import plain_linears
 
 
 class _Rows:
@@ -51,9 +52,14 @@ def workload(module: pl.LightningModule, data: pl.LightningDataModule, config: K
     finally:
         for hook in hooks:
             hook.remove()
+    plain = {layer.name for layer in plain_linears(module, found.layers)}
     layers = tuple(
         LayerWork(
-            layer_cost(layer), rows.count[layer.name] / size, layer.joint, not isinstance(layer.module, nn.Embedding)
+            layer_cost(layer),
+            rows.count[layer.name] / size,
+            layer.joint,
+            not isinstance(layer.module, nn.Embedding),
+            layer.name in plain,
         )
         for layer in found.layers
     )

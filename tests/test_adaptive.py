@@ -153,6 +153,17 @@ def test_a_loss_that_is_known_is_not_asked_for_again() -> None:
     assert len(asked[1]) >= 1
 
 
+def test_a_loss_of_several_entries_is_refused_before_anything_changes() -> None:
+    case = ALL["mlp-categorical"]
+    model = case.model()
+    kfac = build(case, model)
+    with pytest.raises(ValueError, match=r"loss of shape \(2,\): .* one number"):
+        step(case, kfac, lambda: case.loss(model(case.x), case.y), loss=torch.ones(2))
+    assert kfac.state_dict()["step"] == 0
+    assert kfac.metrics.get("factor_updates", 0) == 0
+    kfac.close()
+
+
 def test_a_rejected_step_is_made_anew_with_four_times_the_damping() -> None:
     case = ALL["mlp-categorical"]
     model = case.model()

@@ -22,12 +22,12 @@ def test_a_pure_function_of_its_arguments() -> None:
 
 
 def test_a_sample_keeps_its_numbers_wherever_it_lies() -> None:
-    numbers = uniforms(3, 5, 0, IDS, 8)
+    numbers = uniforms(3, 5, 0, IDS, 50)
     order = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(uniforms(3, 5, 0, IDS[order], 8), numbers[order])
-    assert torch.equal(uniforms(3, 5, 0, IDS[700:701], 8), numbers[700:701])
+    assert torch.equal(uniforms(3, 5, 0, IDS[order], 50), numbers[order])
+    assert torch.equal(uniforms(3, 5, 0, IDS[700:701], 50), numbers[700:701])
     assert torch.equal(uniforms(3, 5, 0, IDS.int(), 3), numbers[:, :3])
-    assert uniforms(3, 5, 0, IDS[:0], 8).shape == (0, 8)
+    assert uniforms(3, 5, 0, IDS[:0], 50).shape == (0, 50)
 
 
 def reference(seed: int, step: int, draw: int, sample: int, index: int) -> float:

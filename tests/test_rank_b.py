@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kfac_dist import DistributionConfig, KFACPreconditioner
+from kfac_dist import DistributionConfig, KFACPreconditioner, rank_b
 from kfac_dist.compat import ignored_by_ddp, let_ddp_ignore
 from kfac_dist.config import KFACConfig
+from kfac_dist.inverse import DensePreconditioner
 from kfac_dist.layers import find_layers
-from kfac_dist.rank_b import served_layers
+from kfac_dist.rank_b import product_over_pairs, served_layers
 from tests.helpers.ranks import RankPool
 
 BATCH, WIDTH, CLASSES = 6, 20, 3
@@ -142,6 +143,18 @@ def has_rows(net: Net) -> list[str]:
 @pytest.mark.filterwarnings("ignore:factors larger than", "ignore:these modules keep their plain gradient")
 def test_directions_are_those_of_the_dense_gradients(options: dict[str, Any]) -> None:
     check_equal(directions(Net(), "samples", **options), directions(Net(), "gradients", **options))
+
+
+@pytest.mark.parametrize("sides", ["both", "input"])
+@pytest.mark.parametrize("pairs", [1, 4, 11, 64])
+def test_products_over_pairs_are_those_of_the_matrices(sides: str, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_b, "PAIRS", pairs)
+    generator = torch.Generator().manual_seed(0)
+    a, g = (torch.randn(1, 11, d, generator=generator, dtype=torch.float64) for d in (7, 5))
+    A, G = (torch.linalg.inv(s.mT @ s / 11 + torch.eye(s.shape[2], dtype=s.dtype)) for s in (a, g))
+    inverses = DensePreconditioner(A, G if sides == "both" else None, 1.0)
+    found = product_over_pairs((a, g), inverses.rows(a, g))
+    assert float(found) == pytest.approx(float((inverses.apply(g.mT @ a, 0.0) * (g.mT @ a)).sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("net", [Positions, Repeated, lambda: Net(recompute=True)], ids=["3d", "twice", "recomputed"])

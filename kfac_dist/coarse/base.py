@@ -121,7 +121,7 @@ class CoarseSpace(ABC):
     """Whether the fine level must hold eigendecompositions rather than inverses."""
 
     least_samples = DEFAULT_SAMPLES
-    """B_c where ``max_samples`` is "auto" and 4 m are fewer: vectors that are made of these samples overfit few."""
+    """B_c where ``max_samples`` is "auto" and 4 m are fewer; vectors that are made of the samples overfit few."""
 
     needs_output_factor = False
     """Whether the space is made of G, which ``factor_sides="input"`` does not keep."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -24,6 +25,11 @@ class LinearMap(Layer):
     def output_rows(self, g: Tensor) -> Tensor:
         """(.., d_out) as (1, R, d_out)."""
         return g.reshape(1, -1, g.shape[-1])
+
+    def rows_with_ones(self, x: Tensor) -> Tensor:
+        """The rows a of (.., d_in), with the 1 of a trained bias: (1, R, a), a copy where there is one."""
+        rows = self.input_rows(x)
+        return torch.cat([rows, rows.new_ones(1, rows.shape[1], 1)], dim=-1) if self.has_bias else rows
 
     def forward_with(self, x: Tensor, theta: Tensor) -> Tensor:
         """See :meth:`Layer.forward_with`."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -114,8 +113,7 @@ def run_all(
     for module in data.values():
         module.setup("fit")  # loaded once; the processes get a copy
     context = multiprocessing.get_context("forkserver")
-    main = getattr(sys.modules["__main__"], "__spec__", None)
-    context.set_forkserver_preload([__name__, *([main.name] if main else [])])
+    context.set_forkserver_preload([__name__])
     flying: dict[ForkServerProcess, tuple[Run, float]] = {}
     try:
         while waiting or flying:

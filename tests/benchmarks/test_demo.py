@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import io
 import json
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import demo
 from benchmarks.training_run import ROOT, RunFailedError, TrainingRun
-from benchmarks.tune_baselines import GRIDS, RESULTS, final_loss
+from kfac_dist.study.methods import METHODS
 
 EPOCHS = [
     {"epoch": n, "step": 18 * n, "seconds": 1.5 * n, "pixel_loss": 0.3 / n, "val_pixel_loss": 0.4 / n}
@@ -92,16 +91,18 @@ def test_wrong_number_of_epochs_is_refused(capsys: pytest.CaptureFixture[str]) -
     assert "--epochs=0 must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["adam", "sgd", "kfac"])
-def test_configurations_hold_the_best_trial_of_the_recorded_grid(method: str) -> None:
-    with RESULTS.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["method"] == method]
-    assert [row["settings"] for row in rows] == [" ".join(trial) for trial in GRIDS[method].trials]
-    best = min(rows, key=final_loss)
-    config = yaml.safe_load((ROOT / "configs" / GRIDS[method].config).read_text())
-    found = {f"--optimizer.{k}": v for k, v in config["optimizer"]["init_args"].items()}
+@pytest.mark.parametrize("method", ["adam", "sgd", "kfac", "layer_step_momentum"])
+def test_configurations_hold_what_the_trials_of_the_race_chose(method: str) -> None:
+    page = (ROOT / "benchmarks" / "race.md").read_text().split("## Settings that the trials chose")[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    (searched,) = (row[1] for row in rows if row[0] == METHODS[method].title)
+    chosen = {name: float(value) for name, value in (each.split() for each in searched.split(", "))}
+    files = {"layer_step_momentum": "_two_level", "kfac": ""}
+    config = yaml.safe_load((ROOT / "configs" / f"mnist_autoencoder{files.get(method, f'_{method}')}.yaml").read_text())
+    found = dict(config["optimizer"]["init_args"])
+    if "betas" in found:
+        found["beta2"] = found["betas"][1]
     for callback in config["trainer"].get("callbacks", ()):
-        found |= {f"--trainer.callbacks.{k}": v for k, v in callback["init_args"].items()}
-    for setting in best["settings"].split():
-        name, value = setting.split("=")
-        assert found[name] == float(value)
+        found |= callback["init_args"]
+    assert set(chosen) == set(METHODS[method].space)
+    assert {name: found[name] for name in chosen} == chosen
