@@ -63,7 +63,7 @@ class Net:
 DEFAULT = "one level"
 SAMPLED = {"preconditioning": "samples"}
 INPUT_SIDE = {"factor_sides": "input"}
-WITHOUT_CLIP = {"kl_clip": None}
+WITHOUT_CLIP = {"kl_clip": None, "damping": 3.0}  # or its steps, which nothing bounds, end in infinite weights
 AUTOENCODER = Net(
     "MNIST autoencoder, batch {batch}",
     (
