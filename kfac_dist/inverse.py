@@ -213,7 +213,7 @@ class DensePreconditioner:
     def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
         """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g)."""
         right, left = self.rows(a, g)
-        return times_left(left.mT, right)
+        return left.mT @ right
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from kfac_dist.comm import Communicator
 from kfac_dist.compat import ignored_by_ddp, unwrap
 from kfac_dist.config import CoarseConfig, DistributionConfig, KFACConfig
 from kfac_dist.fused import FusedBuffer
-from kfac_dist.inverse import DensePreconditioner, LayerPreconditioner, times_left
+from kfac_dist.inverse import DensePreconditioner, LayerPreconditioner
 from kfac_dist.kept_rows import Rows, saved
 from kfac_dist.layers import Layer
 from kfac_dist.layers.linear import LinearLayer
@@ -206,11 +206,15 @@ class RankB:
             gradient = None if name in self._taken else layer.gradient()
             if name in self._taken:
                 a, g = self._taken[name]
-                self._taken[name] = a, g / scale
+                if scale != 1.0:
+                    self._taken[name] = a, g / scale
                 local[name] = g.mT @ a if preconditioner is None else self._direction(name, preconditioner, damping)
             elif gradient is not None:
-                gradient = self._gradients[name] = gradient.to(self._dtype) / scale
-                local[name] = gradient if preconditioner is None else preconditioner.apply(gradient, damping)
+                gradient = gradient.to(self._dtype)
+                gradient = self._gradients[name] = gradient if scale == 1.0 else gradient / scale
+                local[name] = (
+                    gradient if preconditioner is None else preconditioner.apply(gradient, damping).contiguous()
+                )
         directions = self._mean(local)
         for name, direction in directions.items():
             for parameter in self.served[name].parameters:
@@ -229,7 +233,7 @@ class RankB:
             return preconditioner.apply_to_rows(a, g, damping)
         right, left = preconditioner.rows(a, g)
         self._products[name] = product_over_pairs((a, g), (right, left))
-        return times_left(left.mT, right)
+        return left.mT @ right
 
     def _mean(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The means over the ranks, for what any of them has."""
