@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_dist.compat import GradientEdge, gradient_edge, in_backward, uncompiled
+from kfac_dist.compat import GradientEdge, gradient_edge, in_backward, in_transform, uncompiled
 from kfac_dist.layers import Layer, Part
 from kfac_dist.layers.watch import Split, silenced
 
@@ -70,7 +70,7 @@ class Capture:
         self._handles.append(output_module.register_forward_hook(self._output_hook(output_module)))
 
     def _recording(self) -> bool:
-        return self.active and torch.is_grad_enabled() and not silenced()
+        return self.active and torch.is_grad_enabled() and not silenced() and not in_transform()
 
     def wanted(self, names: Sequence[str]) -> bool:
         """See :class:`kfac_dist.layers.Record`."""
@@ -106,7 +106,7 @@ class Capture:
     def _output_pre_hook(self, output_module: nn.Module) -> Callable[..., None]:
         @uncompiled
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if module is output_module and not silenced():
+            if module is output_module and not silenced() and not in_transform():
                 self._running.append(len(self.outputs))
 
         return hook
@@ -114,7 +114,7 @@ class Capture:
     def _output_hook(self, output_module: nn.Module) -> Callable[..., None]:
         @uncompiled
         def hook(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if module is not output_module or not self._running or silenced():
+            if module is not output_module or not self._running or silenced() or in_transform():
                 return
             # DDP calls the root of a LightningModule around its training_step, which calls it again: the inner call
             # returns the logits, and the outer one the loss, in whatever form (perhaps after clear()).

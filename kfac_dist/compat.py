@@ -23,6 +23,12 @@ def in_backward() -> bool:
     return current is not None and current() != -1
 
 
+def in_transform() -> bool:
+    """True inside of ``torch.func``'s transforms, whose tensors are wrappers that no hook may keep."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return active is not None and bool(active())
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside the wrappers of DistributedDataParallel, torch.compile and Fabric.
 

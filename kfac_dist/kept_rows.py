@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac_dist.compat import in_backward
+from kfac_dist.compat import in_backward, in_transform
 from kfac_dist.config import KFACConfig
 from kfac_dist.layers import Layer
 from kfac_dist.layers.linear import LinearLayer
@@ -86,7 +86,7 @@ class _LayerCalls:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             if torch.compiler.is_compiling() or module is not self.layer.module or silenced() or in_backward():
                 return
-            if not output.requires_grad or output.dtype != self._dtype:
+            if in_transform() or not output.requires_grad or output.dtype != self._dtype:
                 return
             self._rows += self.layer.rows(output)
             if not self._pays(self._rows):

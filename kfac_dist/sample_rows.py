@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_dist.compat import in_transform
 from kfac_dist.layers.linear import LinearLayer
 from kfac_dist.layers.watch import silenced
 
@@ -77,7 +78,7 @@ class LayerRows:
         parameters = self.layer.parameters
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if torch.compiler.is_compiling() or module is not self.layer.module or silenced():
+            if torch.compiler.is_compiling() or module is not self.layer.module or silenced() or in_transform():
                 return None
             same = all(mine is now for mine, now in zip(parameters, self.layer.parameters, strict=True))
             if not same or not torch.is_grad_enabled() or not all(p.requires_grad for p in parameters):

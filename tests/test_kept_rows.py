@@ -145,6 +145,31 @@ def test_a_gradient_that_is_not_finite_is_nobodys_rows(taken: Taken) -> None:
     kfac.close()
 
 
+@pytest.mark.parametrize("route", ["auto", "gradients", "samples"])
+@pytest.mark.parametrize("likelihood", ["categorical", "empirical"])
+def test_functional_transforms_of_the_model_leave_nothing(route: str, likelihood: str, taken: Taken) -> None:
+    """Gradients of single samples, as one looks at them between two steps."""
+    net = Net().double()
+    kfac = preconditioner(net, route, likelihood=likelihood)
+    x, y = batches(1)[0]
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, parameters, (x[None],)), y[None])
+
+    single = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    assert not any(held._calls for held in kfac._kept_rows._layers.values())
+    assert not kfac._fisher.capture.outputs
+    value = cross_entropy(net, x, y)
+    kfac.accumulate()
+    value.backward()
+    if route != "samples":
+        torch.testing.assert_close(single["first.weight"].mean(0), net.first.weight.grad)
+    kfac.step()
+    assert taken == [{"first", "plain", "frozen"} if route == "auto" else set()]
+    kfac.close()
+
+
 def test_an_empty_batch_has_no_rows(taken: Taken) -> None:
     net = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH))
     kfac = KFACPreconditioner(net, "gaussian", factor_every_n_steps=100)
