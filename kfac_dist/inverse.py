@@ -208,7 +208,10 @@ class DensePreconditioner:
     def rows(self, a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """Rows a A^-1 and g G^-1 / T of the direction, of the gradient's rows a (groups, R, a) and g (groups, R, g)."""
         right = times_right(a, self.A)[..., : a.shape[-1]]
-        return right, g if self.G is None else times_right(g, self.G)[..., : g.shape[-1]].div_(self.locations)
+        if self.G is None:
+            return right, g
+        left = times_right(g, self.G)[..., : g.shape[-1]]
+        return right, left if self.locations == 1.0 else left.div_(self.locations)
 
     def apply_to_rows(self, a: Tensor, g: Tensor, damping: float) -> Tensor:
         """The direction of the gradient g^T a, of a (groups, R, a) and g (groups, R, g)."""
