@@ -91,7 +91,7 @@ def test_wrong_number_of_epochs_is_refused(capsys: pytest.CaptureFixture[str]) -
     assert "--epochs=0 must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", ["adam", "sgd", "kfac", "layer_step_momentum"])
+@pytest.mark.parametrize("method", ["adam", "kfac", "layer_step_momentum"])
 def test_configurations_hold_what_the_trials_of_the_race_chose(method: str) -> None:
     page = (ROOT / "benchmarks" / "race.md").read_text().split("## Settings that the trials chose")[1]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
