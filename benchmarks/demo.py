@@ -2,8 +2,8 @@
 
     python -m benchmarks.demo
 
-Every method trains from the same initial weights on the same batches (256 digits over two ranks) with the settings of its
-configuration, which says where they come from; two-level K-FAC (``coarse="layer_step_momentum"``) has no learning rate.
+Every method trains from the same initial weights on the same batches (256 digits over two ranks) with the settings of
+its configuration, which says where they come from; two-level K-FAC has no learning rate.
 """
 
 from __future__ import annotations
