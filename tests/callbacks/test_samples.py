@@ -1,4 +1,4 @@
-"""KFAC(preconditioning="samples") under Lightning: the same fits, alone and under DDP."""
+"""KFAC by rows under Lightning, beside the gradients and instead of them: the same fits, alone and under DDP."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from kfac_dist import kept_rows
 from kfac_dist.callbacks import KFAC
 from kfac_dist.compat import ignored_by_ddp
+from kfac_dist.kept_rows import KeptRows
 from tests.callbacks.tiny import BATCH, CLASSES, FEATURES, Classifier, Manual, fit, hooks, kfac, loader, weights
 from tests.helpers.ranks import RankPool
 
@@ -76,6 +78,45 @@ def test_a_fit_is_the_same_to_rounding(module: type[Classifier], options: dict[s
     found, counts, left = run(0, 1, "samples", module, options, strategy="auto")
     torch.testing.assert_close(found, wanted, **EXACT)
     assert (set(none), set(counts), left) == ({0}, {1}, 0)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "trainer", "by_rows"),
+    [
+        (Wide, {}, {}, True),
+        (WideManual, {}, {}, True),
+        (Wide, {"coarse": "layer_step"}, {}, True),
+        (Wide, {}, {"batch": BATCH // 2, "accumulate_grad_batches": 2}, True),
+        (Wide, {}, {"gradient_clip_val": 0.1}, True),  # of the directions
+        (Wide, {"clip_raw_gradients": 1e-3}, {}, False),
+    ],
+)
+def test_the_default_route_is_the_same_to_rounding(
+    module: type[Classifier],
+    options: dict[str, Any],
+    trainer: dict[str, Any],
+    by_rows: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows beside the gradients, taken where nothing was done to these before K-FAC sees them."""
+    monkeypatch.setattr(kept_rows, "WORTH", 0)
+    taken: list[set[str]] = []
+    take = KeptRows.take
+
+    def watched(self: KeptRows, *arguments: Any) -> Any:
+        rows = take(self, *arguments)
+        taken.append(set(rows))
+        return rows
+
+    monkeypatch.setattr(KeptRows, "take", watched)
+    wanted, _, _ = run(0, 1, "gradients", module, options, strategy="auto", **trainer)
+    dense = len(taken)
+    found, counts, left = run(0, 1, "auto", module, options, strategy="auto", **trainer)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+    assert (set(counts), left) == ({0}, 0)
+    assert not any(taken[:dense])
+    # A short last window has fewer rows, which pay in more layers.
+    assert all(names >= {"dropout"} if by_rows else not names for names in taken[dense:])
 
 
 @pytest.mark.parametrize(
