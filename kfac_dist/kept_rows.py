@@ -10,6 +10,7 @@ overwritten, makes the two differ, and the layer takes the dense route. No rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,14 @@ class _LayerCalls:
             call.drop()
         self._calls.clear()
 
+    def forget(self) -> None:
+        """Drop the calls that no backward has reached; where there were too many rows, they stay too many."""
+        for call in self._calls:
+            if call.g is None:
+                call.drop()
+                self._rows -= math.prod(call.x.shape[:-1])
+        self._calls = [call for call in self._calls if call.g is not None]
+
     def clear(self) -> None:
         """Forget everything; the activations can be freed."""
         self._drop()
@@ -160,10 +169,10 @@ class KeptRows:
         excess = torch.stack([self._layers[name].excess(each, gradients[name]) for name, each in rows.items()])
         return {name: each for (name, each), far in zip(rows.items(), excess.tolist(), strict=True) if far <= 1.0}
 
-    def clear(self) -> None:
-        """Forget the calls so far."""
+    def forget(self) -> None:
+        """Drop the calls that no backward has reached."""
         for calls in self._layers.values():
-            calls.clear()
+            calls.forget()
 
     def close(self) -> None:
         """Remove the hooks; idempotent."""

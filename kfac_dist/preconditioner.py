@@ -246,8 +246,7 @@ class KFACPreconditioner:
     def forget(self) -> None:
         """Drop forwards that no :meth:`accumulate` followed (a loss that was skipped); the window's sums stay."""
         self._fisher.forget()
-        if self.config.likelihood != "empirical":  # there a training backward decides what counts
-            self._kept_rows.clear()
+        self._kept_rows.forget()
 
     def step(
         self,

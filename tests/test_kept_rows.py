@@ -188,11 +188,14 @@ def test_a_forward_that_is_forgotten_does_not_count(taken: Taken) -> None:
     net = Net().double()
     kfac = preconditioner(net, "auto")
     x, y = batches(1)[0]
-    for factor in (2.0, 1.0):
-        kfac.forget()
-        value = cross_entropy(net, factor * x, y)
-        kfac.accumulate()
-    value.backward()
+    for number, micro_batch in enumerate(x.chunk(2)):
+        for factor in (2.0, 1.0):  # a loss that is skipped, and one that is trained on
+            kfac.forget()
+            value = F.cross_entropy(net(factor * micro_batch), y[: len(micro_batch)]) / 2
+        held = kfac._kept_rows._layers["first"]
+        assert (len(held._calls), held._rows) == (1 + number, 3 + 3 * number)
+        kfac.accumulate(loss_divisor=2)
+        value.backward()
     kfac.step()
     assert taken == [{"first", "plain", "frozen"}]
     kfac.close()
