@@ -192,6 +192,7 @@ def _run_job(rank: int, world_size: int, rendezvous: dict[str, Any], job: bytes)
                     world_size=world_size,
                     timeout=timedelta(seconds=min(60.0, 0.8 * rendezvous["timeout"])),
                 )
+                dist.barrier()  # a rank that is done at once must not close connections that others still make
             function, args, kwargs = pickle.loads(job)
             return function(rank, world_size, *args, **kwargs)
         finally:
