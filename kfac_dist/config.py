@@ -119,8 +119,8 @@ class CoarseConfig:
             others make one-level steps.
         max_samples: B_c, samples of the last curvature batch that are kept for the coarse level, over all ranks;
             "auto": max(64, 4 m) for "layer_step", "scalar" and both with momentum, max(256, 4 m) for the other spaces;
-            None: all of them. Raw layer inputs and output gradients of these
-            samples live until the next curvature batch.
+            None: all of them. Raw layer inputs and output gradients of these samples live until the next curvature
+            batch.
         damping: lam_c, which takes the place of the fine damping everywhere in the coarse level; None: the fine
             damping; a number; a function of the step; "adaptive" (Levenberg-Marquardt, which needs the loss: a closure
             in plain loops); or "auto": adaptive where ``step`` gets a closure, else the fine damping, with a warning.

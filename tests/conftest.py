@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported: child processes (torchrun, mpirun) share the cores among themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from kfac_dist.kept_rows import KeptRows
 from tests.helpers.conformance import table
 from tests.helpers.ranks import RankPool
 
@@ -35,3 +37,18 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """The layers whose directions were made of rows, step by step."""
+    found: list[set[str]] = []
+    take = KeptRows.take
+
+    def watched(self: KeptRows, *arguments: Any) -> Any:
+        rows = take(self, *arguments)
+        found.append(set(rows))
+        return rows
+
+    monkeypatch.setattr(KeptRows, "take", watched)
+    return found

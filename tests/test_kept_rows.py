@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from kfac_dist.layers import find_layers
 from kfac_dist.rank_b import plain_linears
 from tests.helpers.ranks import RankPool
 from tests.test_rank_b import (
+    COMMON,
     WIDTH,
     Loss,
     Net,
@@ -45,29 +46,10 @@ def small_layers_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_rows, "WORTH", 0)
 
 
-@pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Taken]:
-    """The layers whose directions were made of rows, step by step."""
-    found: Taken = []
-    take = KeptRows.take
-
-    def watched(self: KeptRows, *arguments: Any) -> Any:
-        rows = take(self, *arguments)
-        found.append(set(rows))
-        return rows
-
-    monkeypatch.setattr(KeptRows, "take", watched)
-    return found
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"kl_clip": 1e-4},
-        {"likelihood": "empirical"},
-        {"factor_sides": "input"},
-        {"damping_method": "eigen"},
+        *COMMON,
         {"damping_method": "eigen", "factor_sides": "input"},
         {"damping": lambda step: 0.05 + step},
         {"max_factor_dim": 30, "large_factors": "diagonal"},

@@ -23,6 +23,14 @@ from tests.helpers.ranks import RankPool
 BATCH, WIDTH, CLASSES = 6, 20, 3
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 TOLERANCE = 1e-12
+COMMON: list[dict[str, Any]] = [
+    {},
+    {"kl_clip": 1e-4},
+    {"likelihood": "empirical"},
+    {"factor_sides": "input"},
+    {"damping_method": "eigen"},
+]
+"""Options that both ways to make directions of rows are tried with."""
 
 
 class Net(nn.Module):
@@ -125,11 +133,7 @@ def has_rows(net: Net) -> list[str]:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"kl_clip": 1e-4},
-        {"likelihood": "empirical"},
-        {"factor_sides": "input"},
-        {"damping_method": "eigen"},
+        *COMMON,
         {"damping_method": "eigen", "kl_clip": 1e-4, "factor_sides": "input"},
         {"damping": lambda step: 0.05 + step, "kl_clip": 1e-4},
         {"max_factor_dim": 7, "kl_clip": 1e-4},

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from kfac_dist import kept_rows
 from kfac_dist.callbacks import KFAC
 from kfac_dist.compat import ignored_by_ddp
-from kfac_dist.kept_rows import KeptRows
 from tests.callbacks.tiny import BATCH, CLASSES, FEATURES, Classifier, Manual, fit, hooks, kfac, loader, weights
 from tests.helpers.ranks import RankPool
 
@@ -97,18 +96,10 @@ def test_the_default_route_is_the_same_to_rounding(
     trainer: dict[str, Any],
     by_rows: bool,
     monkeypatch: pytest.MonkeyPatch,
+    taken: list[set[str]],
 ) -> None:
     """Rows beside the gradients, taken where nothing was done to these before K-FAC sees them."""
     monkeypatch.setattr(kept_rows, "WORTH", 0)
-    taken: list[set[str]] = []
-    take = KeptRows.take
-
-    def watched(self: KeptRows, *arguments: Any) -> Any:
-        rows = take(self, *arguments)
-        taken.append(set(rows))
-        return rows
-
-    monkeypatch.setattr(KeptRows, "take", watched)
     wanted, _, _ = run(0, 1, "gradients", module, options, strategy="auto", **trainer)
     dense = len(taken)
     found, counts, left = run(0, 1, "auto", module, options, strategy="auto", **trainer)
